@@ -1,0 +1,75 @@
+# `make demo` and `make test` set up everything they need, each in a folder of its own; a second run starts at once.
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+VENV4 := .venv-transformers4
+EXTRAS := hf,peft,report,triton,test,dev
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-main test-transformers4 lint format bench docs clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    set up $(VENV) and run the demo: the shipped model in every format, a table and kbit-demo/report.html"
+	@echo "make test    set up, then run every test; the transformers tests also against transformers 4.57"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   benchmarks (figures count on a GPU)"
+	@echo "make docs    user guide and API reference in ./site"
+	@echo "make clean   caches and outputs; make distclean also the environments"
+
+# $(1): environment folder, $(2): constraints file. torch goes first: it is the one package whose build (CPU, CUDA)
+# depends on the index, and everything after it has to accept the build that is there.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "kbit needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say which: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { \
+	  echo "could not create $(1); on Debian and Ubuntu the venv module is the package python3-venv" >&2; exit 1; }
+	$(1)/bin/python -m pip install --quiet -c $(2) torch
+	$(1)/bin/python -m pip install --quiet -c $(2) -e ".[$(EXTRAS)]"
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(VENV4)/.installed: pyproject.toml constraints-transformers4.txt
+	$(call install,$(VENV4),constraints-transformers4.txt)
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
+setup: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/kbit demo
+
+test: test-main test-transformers4
+
+test-main: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
+
+test-transformers4: $(VENV4)/.installed
+	$(VENV4)/bin/python -m pytest -n $(JOBS) --dist worksteal -m transformers
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/kbit bench
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --strict
+
+clean:
+	rm -rf site build dist kbit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kbit tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV) $(VENV4)
