@@ -1,0 +1,114 @@
+"""`KbitConfig`: what to quantize in a model, and how. A plain dataclass; it imports no Hugging Face code."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from kbit.formats.spec import BLOCK_SIZES, Format
+
+QUANT_METHOD = "kbit"
+_FORMATS_BY_BITS = {4: ("nf4", "fp4"), 8: ("int8",)}
+
+
+def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """torch.bfloat16, "bfloat16" or "torch.bfloat16" -> torch.bfloat16; None stays None. ValueError otherwise."""
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{value!r} is not a torch dtype; use for example torch.bfloat16 or 'bfloat16'")
+    return dtype
+
+
+@dataclasses.dataclass
+class KbitConfig:
+    """How a model's weights are stored.
+
+    bits: 4 or 8.
+    format: "nf4" or "fp4" (4 bits), "int8" (8 bits). None: nf4 for 4 bits, int8 for 8.
+    block_size: 4-bit elements that share one scale (32 to 4096).
+    double_quant: store the 4-bit scales in 8 bits too (4.127 bits a weight instead of 4.5).
+    outlier_threshold: LLM.int8(): input features with a value of at least this size are multiplied in 16 bits.
+        0 turns the decomposition off.
+    compute_dtype: dtype of the products; None computes in the input's dtype.
+    skip_modules: names or patterns of modules that stay as they are. None skips the output head, [] nothing. A head
+        tied to the embedding follows the embedding. A name matches the module, everything below it, and every module
+        whose dotted path contains it; `*` and `?` match as in file names.
+    quantize_embeddings: nn.Embedding too (and with it a tied head).
+    quantize_experts: fused 3-D expert weights too.
+
+    Raises ValueError for values that do not exist. `to_dict` and `from_dict` are JSON-safe.
+    """
+
+    bits: int = 4
+    format: str | None = None
+    block_size: int = 64
+    double_quant: bool = True
+    outlier_threshold: float = 6.0
+    compute_dtype: torch.dtype | str | None = None
+    skip_modules: list[str] | None = None
+    quantize_embeddings: bool = False
+    quantize_experts: bool = True
+
+    # What transformers reads off a quantization config to find its quantizer.
+    quant_method = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in _FORMATS_BY_BITS:
+            raise ValueError(f"bits must be 4 or 8, got {self.bits!r}")
+        if self.format is None:
+            self.format = _FORMATS_BY_BITS[self.bits][0]
+        if self.format not in _FORMATS_BY_BITS[self.bits]:
+            known = ", ".join(_FORMATS_BY_BITS[self.bits])
+            raise ValueError(f"format {self.format!r} does not have {self.bits} bits; with bits={self.bits} use: {known}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size!r}")
+        threshold = self.outlier_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
+            raise ValueError(f"outlier_threshold must be a finite number of at least 0, got {threshold!r}")
+        self.compute_dtype = parse_dtype(self.compute_dtype)
+        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
+            raise ValueError(f"compute_dtype must be a floating point dtype, got {self.compute_dtype}")
+        if self.skip_modules is not None:
+            if isinstance(self.skip_modules, str) or not all(isinstance(name, str) for name in self.skip_modules):
+                raise ValueError(f"skip_modules must be a list of names, got {self.skip_modules!r}")
+            self.skip_modules = list(self.skip_modules)
+
+    @classmethod
+    def from_format(cls, name: str, **kwargs: Any) -> KbitConfig:
+        """A config from a command-line format name: nf4, nf4-plain, fp4, fp4-plain or int8."""
+        fmt = Format.parse(name)
+        if fmt.name not in ("nf4", "fp4", "int8"):
+            raise ValueError(f"{name!r} is not a weight format; use nf4, nf4-plain, fp4, fp4-plain or int8")
+        return cls(bits=fmt.bits, format=fmt.name, double_quant=fmt.double_quant or not fmt.is_4bit, **kwargs)
+
+    @property
+    def weight_format(self) -> Format:
+        """The storage of one quantized weight."""
+        assert self.format is not None  # set by __post_init__
+        if self.format == "int8":
+            return Format("int8", 0, False)
+        return Format(self.format, self.block_size, self.double_quant)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe fields, with `quant_method`: what stands in config.json under `quantization_config`."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(KbitConfig)}
+        if self.compute_dtype is not None:
+            data["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        return {"quant_method": QUANT_METHOD, **data}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> KbitConfig:
+        """The inverse of `to_dict`. Raises ValueError for another quant_method or an unknown key."""
+        data = dict(data)
+        method = data.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quant_method is {method!r}, expected {QUANT_METHOD!r}")
+        known = {field.name for field in dataclasses.fields(KbitConfig)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"unknown keys in a kbit config: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**data)

@@ -1,0 +1,64 @@
+"""Operators: what modules and users call. A layer's forward is `linear_4bit` -> operator -> backend implementation.
+
+The raw operators (`torch.ops.kbit.*`) have fakes for compilation and no autograd rule; the functions here add the
+backward rule where a gradient is asked for, and follow autocast as torch's own layers do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kbit.ops import schemas  # noqa: F401  (defines the operators; the next line implements them)
+from kbit.ops import reference  # noqa: F401  isort: skip
+from kbit.ops.autograd import Linear4bitFunction, Linear8bitFunction
+from kbit.ops.backends import Backend, backends
+from kbit.ops.quantize import dequantize, quantize
+
+__all__ = ["Backend", "backends", "dequantize", "linear_4bit", "linear_8bit", "quantize"]
+
+
+def _prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+    """Cast to autocast's dtype where it is on; tell whether a gradient is needed."""
+    if not x.is_floating_point():
+        raise TypeError(f"a quantized linear layer needs floating point input, got {x.dtype}")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return x, bias, grad
+
+
+def linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    codebook: str,
+    block_size: int,
+    n: int,
+) -> Tensor:
+    """`x [..., K] @ W [N, K]^T + bias` with W in 4 bits; the result has x's dtype (autocast's where it is on).
+
+    weight, absmax, nested_absmax, nested_offset, codebook, block_size: as in `kbit.ops.schemas`; n: out features.
+    Equals the product with the weight dequantized to x's dtype, accumulated in fp32. Differentiable in x and bias.
+    Raises TypeError for input that is not floating point.
+    """
+    x, bias, grad = _prepare(x, bias)
+    call = Linear4bitFunction.apply if grad else torch.ops.kbit.linear_4bit
+    return call(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+
+
+def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float) -> Tensor:
+    """`x [..., K] @ W [N, K]^T + bias` with W in int8 and one scale a row: LLM.int8() (arXiv 2208.07339).
+
+    At few tokens the activations stay as they are and only the weight is read in 8 bits. Above that both are int8, but
+    for the feature columns that hold a magnitude of at least `outlier_threshold` (0: none).
+    The result has x's dtype. Differentiable in x (through the dequantized weight) and bias.
+    """
+    x, bias, grad = _prepare(x, bias)
+    call = Linear8bitFunction.apply if grad else torch.ops.kbit.linear_8bit
+    return call(x, weight, absmax, bias, outlier_threshold)

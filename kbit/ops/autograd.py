@@ -1,0 +1,82 @@
+"""Backward rules of the products. The gradient to the input goes through the dequantized weight.
+
+Packed weights travel through `save_for_backward`, so that checkpointing, offloading hooks and version counters see
+them. The quantized weight itself has no gradient; a bias may.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.kbit
+
+
+def _bias_grad(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+
+
+class Linear4bitFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+        ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
+        ctx.codebook, ctx.block_size, ctx.k = codebook, block_size, x.shape[-1]
+        return _ops.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = _LinearGrad4bitFunction.apply(grad, *ctx.saved_tensors, ctx.codebook, ctx.block_size, ctx.k)
+        if ctx.needs_input_grad[5]:
+            bias_grad = _bias_grad(grad)
+        return x_grad, None, None, None, None, bias_grad, None, None, None
+
+
+class _LinearGrad4bitFunction(torch.autograd.Function):
+    """grad [..., N] -> grad W [..., K]; differentiable again, so that second derivatives work."""
+
+    @staticmethod
+    def forward(ctx, grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+        ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
+        ctx.codebook, ctx.block_size, ctx.n = codebook, block_size, grad.shape[-1]
+        return _ops.linear_4bit_grad_input(
+            grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k
+        )
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
+        out = Linear4bitFunction.apply(
+            grad, weight, absmax, nested_absmax, nested_offset, None, ctx.codebook, ctx.block_size, ctx.n
+        )
+        return out, None, None, None, None, None, None, None
+
+
+class Linear8bitFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, absmax, bias, outlier_threshold):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight, absmax)
+        return _ops.linear_8bit(x, weight, absmax, bias, outlier_threshold)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        weight, absmax = ctx.saved_tensors
+        x_grad = _LinearGrad8bitFunction.apply(grad, weight, absmax) if ctx.needs_input_grad[0] else None
+        bias_grad = _bias_grad(grad) if ctx.needs_input_grad[3] else None
+        return x_grad, None, None, bias_grad, None
+
+
+class _LinearGrad8bitFunction(torch.autograd.Function):
+    """grad [..., N] -> grad W [..., K] through the dequantized int8 weight."""
+
+    @staticmethod
+    def forward(ctx, grad, weight, absmax):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight, absmax)
+        return _ops.linear_8bit_grad_input(grad, weight, absmax)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        weight, absmax = ctx.saved_tensors
+        w = _ops.dequantize_int8(weight, absmax, grad.dtype)
+        return torch.nn.functional.linear(grad, w), None, None

@@ -1,0 +1,168 @@
+"""Every operator in plain torch, on any device: what runs where no kernel does, and the oracle of those that do."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kbit.formats import blocks, double
+from kbit.formats.codebooks import codebook as codebook_table
+from kbit.ops import choose
+from kbit.ops.schemas import library, tokens
+
+
+def as_float(scales: Tensor) -> Tensor:
+    """Scales in fp32, from fp32 or from its bits as int32."""
+    return scales.view(torch.float32) if scales.dtype == torch.int32 else scales
+
+
+def block_scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """fp32 scales of a 4-bit tensor, decoded first where they are double-quantized."""
+    if nested_absmax is None or nested_offset is None:
+        return as_float(absmax)
+    return double.dequantize_absmax(absmax, as_float(nested_absmax), as_float(nested_offset))
+
+
+def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):  # type: ignore
+    scales = block_scales(absmax, nested_absmax, nested_offset)
+    return blocks.dequantize_4bit(codes, scales, codebook, block_size, shape, dtype)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    return double.dequantize_absmax(codes, as_float(nested_absmax), as_float(nested_offset))
+
+
+def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return blocks.dequantize_int8(codes, as_float(absmax), dtype)
+
+
+def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    shape = (n, x.shape[-1])
+    w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, shape, x.dtype)
+    return F.linear(x, w, bias)
+
+
+def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+    shape = (grad.shape[-1], k)
+    w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, shape, grad.dtype)
+    return grad @ w
+
+
+def linear_8bit(
+    x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float
+) -> Tensor:
+    if choose.linear_8bit_path(x.device.type, tokens(x)) == "weight_only":
+        return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
+    out = llm_int8(x.reshape(-1, x.shape[-1]), weight, as_float(absmax), outlier_threshold)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, outlier_threshold: float) -> Tensor:
+    """LLM.int8() (arXiv 2208.07339): `x [M, K]` times int8 `weight [N, K]` with scales `absmax [N]`, fp32 `[M, N]`.
+
+    A feature column that holds a magnitude of at least `outlier_threshold` leaves the int8 product and is multiplied
+    with the dequantized weight in x's dtype. The row scales of x ignore the outlier elements only. A threshold of 0
+    multiplies everything in int8.
+    """
+    values = x.float()
+    if outlier_threshold > 0:
+        outlier = values.abs() >= outlier_threshold
+        columns = outlier.any(dim=0)
+        inner = values.masked_fill(outlier, 0.0)
+        rows = inner.abs().amax(dim=1)
+        inner = inner.masked_fill_(columns, 0.0)
+    else:
+        inner, rows = values, values.abs().amax(dim=1)
+    codes = blocks.int8_codes(inner, rows)
+    out = int8_product(codes, weight).float()
+    out *= rows[:, None] * (1.0 / 127.0)
+    out *= absmax * (1.0 / 127.0)
+    if outlier_threshold > 0:
+        out += _outlier_product(x, weight, absmax, columns)
+    return out
+
+
+def _outlier_product(x: Tensor, weight: Tensor, absmax: Tensor, columns: Tensor) -> Tensor:
+    """fp32 product over the outlier `columns` (bool `[K]`) alone, in x's dtype."""
+    if x.device.type == "cpu":  # looking at the mask costs nothing here; elsewhere it would stall the device
+        index = columns.nonzero().view(-1)
+        x, weight = x.index_select(1, index), weight.index_select(1, index)
+    else:
+        x = x.masked_fill(~columns, 0.0)
+    return (x @ blocks.dequantize_int8(weight, absmax, x.dtype).t()).float()
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """Exact `a [M, K] @ b [N, K]^T` of int8 values."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.t())
+    # Every product and every partial sum up to K = 2^38 is exact in float64.
+    return a.double() @ b.double().t()
+
+
+def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    return grad @ dequantize_int8(weight, absmax, grad.dtype)
+
+
+def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):  # type: ignore
+    if absmax.dim() == 2:  # row layout: gather the rows, then decode as usual
+        rows = ids.reshape(-1)
+        blocks_a_row = absmax.shape[1]
+        scales = absmax[rows]
+        if nested_absmax is not None:
+            position = rows[:, None] * blocks_a_row + torch.arange(blocks_a_row, device=rows.device)
+            scales = _nested_scales(scales, position, nested_absmax, nested_offset)
+        else:
+            scales = as_float(scales)
+        return blocks.dequantize_4bit(weight[rows], scales, codebook, block_size, (*ids.shape, dim), dtype)
+    # Flat layout: a row starts in the middle of a block, or even of a byte. Gather element by element.
+    element = ids.reshape(-1, 1).long() * dim + torch.arange(dim, device=ids.device)
+    byte = weight[element // 2]
+    code = torch.where(element % 2 == 0, byte >> 4, byte & 15)
+    position = element // block_size
+    scales = absmax[position]
+    if nested_absmax is not None:
+        scales = _nested_scales(scales, position, nested_absmax, nested_offset)
+    else:
+        scales = as_float(scales)
+    values = codebook_table(codebook, weight.device)[code.int()]
+    return (values * scales).to(dtype).view(*ids.shape, dim)
+
+
+def _nested_scales(codes: Tensor, position: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """fp32 scales from gathered codes and the flat `position` of each among all blocks."""
+    table = codebook_table("dynamic8", codes.device)
+    return table[codes.int()] * as_float(nested_absmax)[position // 256] + as_float(nested_offset)
+
+
+def embedding_8bit(ids: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = ids.reshape(-1)
+    values = dequantize_int8(weight[rows], absmax[rows], dtype)
+    return values.view(*ids.shape, weight.shape[-1])
+
+
+IMPLEMENTATIONS = {
+    "quantize_4bit": blocks.quantize_4bit,
+    "dequantize_4bit": dequantize_4bit,
+    "quantize_absmax": double.quantize_absmax,
+    "dequantize_absmax": dequantize_absmax,
+    "quantize_int8": blocks.quantize_int8,
+    "dequantize_int8": dequantize_int8,
+    "quantize_dynamic": blocks.quantize_dynamic,
+    "dequantize_dynamic": lambda codes, absmax, signed, block_size, dtype: blocks.dequantize_dynamic(
+        codes, as_float(absmax), signed, block_size, dtype
+    ),
+    "linear_4bit": linear_4bit,
+    "linear_4bit_grad_input": linear_4bit_grad_input,
+    "linear_8bit": linear_8bit,
+    "linear_8bit_grad_input": linear_8bit_grad_input,
+    "embedding_4bit": embedding_4bit,
+    "embedding_8bit": embedding_8bit,
+}
+
+for _name, _function in IMPLEMENTATIONS.items():
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+

@@ -1,0 +1,123 @@
+"""Every operator of the `kbit` library: its schema and its fake (meta) implementation.
+
+Conventions. Packed 4-bit codes are uint8 in flat order, whatever shape they are stored in. `absmax` of a 4-bit tensor
+is fp32, or the bits of fp32 as int32 (how modules hold it, so that no cast can touch it), or, with `nested_absmax`
+and `nested_offset` given, the uint8 codes of double quantization. The nested tensors are fp32 or their bits too.
+`codebook` is "nf4" or "fp4". A weight stands for `W [N, K]`; `x` is `[..., K]`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("kbit", "DEF")
+
+_SCALES = "Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
+SCHEMAS = {
+    "quantize_4bit": "(Tensor x, str codebook, int block_size) -> (Tensor, Tensor)",
+    "dequantize_4bit": f"(Tensor codes, {_SCALES}, str codebook, int block_size, SymInt[] shape, ScalarType dtype)"
+    " -> Tensor",
+    "quantize_absmax": "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
+    "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset) -> Tensor",
+    "quantize_int8": "(Tensor x) -> (Tensor, Tensor)",
+    "dequantize_int8": "(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
+    "quantize_dynamic": "(Tensor x, bool signed, int block_size) -> (Tensor, Tensor)",
+    "dequantize_dynamic": "(Tensor codes, Tensor absmax, bool signed, int block_size, ScalarType dtype) -> Tensor",
+    "linear_4bit": f"(Tensor x, Tensor weight, {_SCALES}, Tensor? bias, str codebook, int block_size, SymInt n) -> Tensor",
+    "linear_4bit_grad_input": f"(Tensor grad, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt k) -> Tensor",
+    "linear_8bit": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float outlier_threshold) -> Tensor",
+    "linear_8bit_grad_input": "(Tensor grad, Tensor weight, Tensor absmax) -> Tensor",
+    "embedding_4bit": f"(Tensor ids, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt dim, ScalarType dtype)"
+    " -> Tensor",
+    "embedding_8bit": "(Tensor ids, Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
+}
+
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _fake(function):  # type: ignore[no-untyped-def]
+    return torch.library.register_fake(f"kbit::{function.__name__}", function, lib=library)
+
+
+@_fake
+def quantize_4bit(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    count = x.numel()
+    absmax = x.new_empty((count + block_size - 1) // block_size, dtype=torch.float32)
+    return x.new_empty((count + 1) // 2, dtype=torch.uint8), absmax
+
+
+@_fake
+def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):  # type: ignore
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@_fake
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = (absmax.numel() + 255) // 256
+    return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(blocks), absmax.new_empty(1)
+
+
+@_fake
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+@_fake
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@_fake
+def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@_fake
+def quantize_dynamic(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
+    absmax = x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.uint8), absmax
+
+
+@_fake
+def dequantize_dynamic(codes, absmax, signed, block_size, dtype):  # type: ignore[no-untyped-def]
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@_fake
+def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@_fake
+def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+    return grad.new_empty((*grad.shape[:-1], k))
+
+
+@_fake
+def linear_8bit(x, weight, absmax, bias, outlier_threshold):  # type: ignore[no-untyped-def]
+    torch._check(x.shape[-1] == weight.shape[-1], lambda: f"x has {x.shape[-1]} features, the weight {weight.shape[-1]}")
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@_fake
+def linear_8bit_grad_input(grad, weight, absmax):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:-1], weight.shape[-1]))
+
+
+@_fake
+def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):  # type: ignore
+    return weight.new_empty((*ids.shape, dim), dtype=dtype)
+
+
+@_fake
+def embedding_8bit(ids, weight, absmax, dtype):  # type: ignore[no-untyped-def]
+    return weight.new_empty((*ids.shape, weight.shape[-1]), dtype=dtype)
+
+
+def tokens(x: Tensor) -> int:
+    """M: rows of `x [..., K]` once its leading dimensions are flattened."""
+    return math.prod(x.shape[:-1])
