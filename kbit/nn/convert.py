@@ -1,0 +1,243 @@
+"""Quantize a whole model in place, and back. Explicit: nothing happens in `.to()` or in `forward`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kbit.config import KbitConfig
+from kbit.nn.base import QuantizedModule
+from kbit.nn.embedding import Embedding4bit, Embedding8bit
+from kbit.nn.linear import Linear4bit, Linear8bit
+from kbit.nn.select import is_conv1d, is_linear, select_modules, tied_groups
+from kbit.ops.quantize import check_finite
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_Places = dict[int, list[tuple[nn.Module, str]]]
+
+
+def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
+    """Quantize the linear layers (and, if asked, the embeddings) of any module tree in place.
+
+    model: any nn.Module. nn.Linear, nn.Embedding and transformers' Conv1D are converted, each on its own device, and
+        the floating point weight is freed as soon as its codes exist. Weights that are tied stay tied.
+    config: what and how; see KbitConfig.
+
+    Returns the model (another object only if the model itself is one linear layer or embedding). Raises ValueError
+    that names the tensor for NaN, infinity and meta weights, before anything is changed.
+    """
+    if not isinstance(config, KbitConfig):
+        raise TypeError(f"config must be a KbitConfig, got {type(config).__name__}")
+    selected = select_modules(model, config)
+    for name, module in selected.items():
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if weight.is_meta:
+            raise ValueError(f"{_key(name)} is on the meta device: load the weights before quantizing")
+        check_finite(weight.detach(), f"tensor {_key(name)!r}")
+
+    leaders = _leaders(model, selected)
+    places = _places(model)
+    converted: dict[str, QuantizedModule] = {}
+    for name in list(selected):
+        module = selected.pop(name)  # the last reference beside the tree's: replacing the module frees its weight
+        layer = empty_like(module, config)
+        leader = converted.get(leaders.get(name, ""))
+        if leader is not None:
+            layer.set_parts(leader.parts())  # type: ignore[arg-type]
+            layer.weight_dtype = leader.weight_dtype
+        else:
+            layer.quantize_from(weight_of(module), _key(name))  # type: ignore[operator]
+        if name in leaders:
+            converted[name] = layer
+        model = _replace(model, places, module, layer)
+    return model
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn every quantized layer of `model` back into the class it was, in place, with its dequantized weight.
+
+    dtype: of the weights; None gives each the dtype that was quantized. Tied weights stay tied. Returns the model
+    (another object only if the model itself is one quantized layer).
+    """
+    places = _places(model)
+    shared: dict[int, nn.Parameter] = {}
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    # Codes of tied layers stay alive in the list below until the end, so that an id is never reused.
+    alive = [module.weight for module in quantized]
+    for module, codes in zip(quantized, alive, strict=True):
+        if id(codes) not in shared:
+            weight = module.dequantize(dtype)
+            if is_conv1d_class(module.original_class):
+                weight = weight.t().contiguous()
+            shared[id(codes)] = nn.Parameter(weight, requires_grad=module.weight_requires_grad)
+        model = _replace(model, places, module, _restored(module, shared[id(codes)]))
+    return model
+
+
+def replace_empty(model: nn.Module, config: KbitConfig) -> dict[str, QuantizedModule]:
+    """Swap the modules that `config` selects for quantized ones that hold zeros, on the same device (meta too).
+
+    For loaders that fill in codes later. Returns the new modules by name; tied ones share their Parameters.
+    """
+    selected = select_modules(model, config)
+    leaders = _leaders(model, selected)
+    places = _places(model)
+    new: dict[str, QuantizedModule] = {}
+    for name, module in selected.items():
+        new[name] = layer = empty_like(module, config, device=module.weight.device)  # type: ignore[arg-type]
+        leader = new.get(leaders.get(name, name))
+        if leader is not None and leader is not layer:
+            layer.set_parts(leader.parts())  # type: ignore[arg-type]
+        _replace(model, places, module, layer)
+    return new
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a convertible module as `[N, K]`: Conv1D's is stored `[K, N]`."""
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]
+    return weight.t() if is_conv1d(module) else weight
+
+
+def empty_like(module: nn.Module, config: KbitConfig, device: torch.device | str = "meta") -> QuantizedModule:
+    """The quantized layer that replaces `module`, with its bias, mode and hooks, and no weight yet."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    fmt = config.weight_format
+    layer: QuantizedModule
+    if is_linear(module):
+        n, k = reversed(weight.shape) if is_conv1d(module) else weight.shape
+        bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+        if fmt.is_4bit:
+            layer = Linear4bit(
+                k, n, False, format=fmt, compute_dtype=config.compute_dtype, device=device, dtype=weight.dtype  # type: ignore
+            )
+        else:
+            layer = Linear8bit(
+                k,
+                n,
+                False,
+                outlier_threshold=config.outlier_threshold,
+                compute_dtype=config.compute_dtype,  # type: ignore[arg-type]
+                device=device,
+                dtype=weight.dtype,
+            )
+        layer.bias = bias
+    elif fmt.is_4bit:
+        layer = Embedding4bit(
+            *weight.shape, module.padding_idx, format=fmt, device=device, dtype=weight.dtype  # type: ignore[arg-type]
+        )
+    else:
+        layer = Embedding8bit(*weight.shape, module.padding_idx, device=device, dtype=weight.dtype)  # type: ignore
+    layer.original_class = type(module)
+    layer.weight_requires_grad = weight.requires_grad
+    layer.training = module.training
+    for hooks in _HOOKS:
+        layer.__dict__[hooks] = module.__dict__[hooks]
+    return layer
+
+
+def is_conv1d_class(cls: type[nn.Module]) -> bool:
+    return cls.__name__ == "Conv1D"
+
+
+def _restored(module: QuantizedModule, weight: nn.Parameter) -> nn.Module:
+    """The floating point module that `module` came from, holding `weight` as that class stores it."""
+    cls = module.original_class
+    restored: nn.Module
+    with torch.device("meta"):
+        if isinstance(module, nn.Linear):
+            if is_conv1d_class(cls):
+                restored = cls(module.out_features, module.in_features)
+            else:
+                restored = cls(module.in_features, module.out_features, module.bias is not None)
+            restored.bias = module.bias
+        else:
+            restored = cls(module.num_embeddings, module.embedding_dim, module.padding_idx)
+    restored.weight = weight
+    restored.training = module.training
+    for hooks in _HOOKS:
+        restored.__dict__[hooks] = module.__dict__[hooks]
+    return restored
+
+
+def _key(name: str) -> str:
+    return f"{name}.weight" if name else "weight"
+
+
+def _leaders(model: nn.Module, selected: dict[str, nn.Module]) -> dict[str, str]:
+    """For every selected module that shares its weight: the first selected name of its group."""
+    names = {module: name for name, module in selected.items()}
+    leaders = {}
+    for group in tied_groups(model):
+        members = [names[module] for module in group if module in names]
+        leaders.update({name: members[0] for name in members})
+    return leaders
+
+
+def _places(model: nn.Module) -> _Places:
+    """Where each module hangs: id -> [(parent, attribute)]; a module that is used twice has two places."""
+    places: _Places = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, attribute))
+    return places
+
+
+def _replace(model: nn.Module, places: _Places, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Hang `new` wherever `old` hung; returns the model, which is `new` if `old` was the whole of it."""
+    if old is model:
+        return new
+    for parent, attribute in places[id(old)]:
+        parent._modules[attribute] = new
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fused eval path reads linear1.weight itself; this switch sends it through the layers.
+            quantized = any(isinstance(child, QuantizedModule) for child in parent.children())
+            parent.activation_relu_or_gelu = 0 if quantized else _activation_code(parent)
+    return model
+
+
+def _activation_code(layer: nn.TransformerEncoderLayer) -> int:
+    """What torch's own constructor stores: 1 for relu, 2 for gelu, 0 for anything else."""
+    if layer.activation is torch.nn.functional.relu or isinstance(layer.activation, nn.ReLU):
+        return 1
+    return 2 if layer.activation is torch.nn.functional.gelu or isinstance(layer.activation, nn.GELU) else 0
+
+
+class ModelMemory(int):
+    """Bytes of a model's tensors, each storage counted once; an int with a breakdown.
+
+    quantized: codes and scales of quantized layers. other: every other Parameter. buffers: registered buffers.
+    """
+
+    quantized: int
+    other: int
+    buffers: int
+
+    def __new__(cls, quantized: int, other: int, buffers: int) -> ModelMemory:
+        total = super().__new__(cls, quantized + other + buffers)
+        total.quantized, total.other, total.buffers = quantized, other, buffers
+        return total
+
+    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]
+        return self.quantized, self.other, self.buffers
+
+
+def model_memory(model: nn.Module) -> ModelMemory:
+    """True bytes of a model: every storage once, however many names share it, scales included.
+
+    Returns an int (the total) with the attributes `quantized`, `other` and `buffers`. Works on the meta device.
+    """
+    seen: set[int] = set()
+
+    def count(tensors: list[Tensor]) -> int:
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                total += storage.nbytes()
+        return total
+
+    codes = [part for m in model.modules() if isinstance(m, QuantizedModule) for part in m.parts().values()]
+    quantized = count(codes)  # type: ignore[arg-type]
+    return ModelMemory(quantized, count(list(model.parameters())), count(list(model.buffers())))

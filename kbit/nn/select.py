@@ -1,0 +1,128 @@
+"""Which modules of a model are quantized: the one rule that conversion, loading and planning share."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+
+from torch import nn
+
+from kbit.config import KbitConfig
+
+logger = logging.getLogger("kbit")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear itself or transformers' Conv1D. A subclass may read its weight directly, so it stays as it is."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored `[in, out]`."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """nn.Embedding itself; one with max_norm rewrites its rows in forward and is left alone."""
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    """True where a pattern names the module, something above it, a part of its dotted path, or globs its name."""
+    path = f".{name}."
+    return any(f".{pattern}." in path or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """The modules that turn features into the model's output, which are not quantized by default.
+
+    Models with `get_output_embeddings` (transformers) say so themselves. Without one, a transformers model's linear
+    layers outside its base model are its heads (classifier, score, qa_outputs), and any other model has none but
+    those named `lm_head`.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is not None:
+        try:
+            head = getter()
+        except (AttributeError, NotImplementedError):
+            head = None
+        if head is not None:
+            return set(head.modules())
+        base = getattr(model, "base_model", model)
+        if base is not model:
+            inside = set(base.modules())
+            return {m for m in model.modules() if is_linear(m) and m not in inside}
+    return {m for name, m in model.named_modules() if name.split(".")[-1] == "lm_head"}
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.is_floating_point() else None
+
+
+def _declared_tie(model: nn.Module) -> list[nn.Module]:
+    """[input embedding, output head] where a transformers config ties them, also before they share a Parameter."""
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(text_config, "tie_word_embeddings", False) or not getattr(model, "_tied_weights_keys", None):
+        return []
+    try:
+        pair = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return []
+    return [module for module in pair if module is not None]
+
+
+def tied_groups(model: nn.Module) -> list[list[nn.Module]]:
+    """Groups of modules that share one weight (each group has at least two)."""
+    by_weight: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = _weight(module)
+        if weight is not None:
+            by_weight.setdefault(id(weight), []).append(module)
+    groups = [group for group in by_weight.values() if len(group) > 1]
+    declared = _declared_tie(model)
+    if len(declared) > 1 and not any(set(declared) <= set(group) for group in groups):
+        groups.append(declared)
+    return groups
+
+
+def select_modules(model: nn.Module, config: KbitConfig) -> dict[str, nn.Module]:
+    """The modules of `model` that `config` quantizes, by their first name, in the order of the module tree.
+
+    Works on the meta device too. Modules that share a weight are quantized together or not at all; a linear layer tied
+    to an embedding follows the embedding. Modules that a transformers model keeps in fp32 are left out.
+    """
+    heads = output_heads(model) if config.skip_modules is None else set()
+    skipped = list(config.skip_modules or [])
+    skipped += list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    skipped += list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+    groups = tied_groups(model)
+    tied_to_embedding = {m for group in groups if any(isinstance(g, nn.Embedding) for g in group) for m in group}
+
+    chosen: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        wanted = is_linear(module) or (is_embedding(module) and config.quantize_embeddings)
+        if not wanted or _weight(module) is None or matches(name, skipped):
+            continue
+        if module in heads and module not in tied_to_embedding:
+            continue
+        chosen[name] = module
+
+    for group in groups:
+        # Every member must be selected, or the weight would exist twice.
+        if not set(group) <= set(chosen.values()):
+            chosen = {name: module for name, module in chosen.items() if module not in group}
+    if config.quantize_experts:
+        _warn_of_experts(model)
+    return chosen
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Fused 3-D expert weights stay as they are for now, and that must not go unnoticed."""
+    for name, module in model.named_modules():
+        fused = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
+        if fused and "experts" in type(module).__name__.lower():
+            logger.warning("%s: fused expert weights (%s) are not quantized yet and keep their dtype", name, ", ".join(fused))
+            return
