@@ -1,0 +1,3 @@
+from kbit.cli import main
+
+main()
