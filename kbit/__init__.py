@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kbit.integrations.arm import arm
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -23,12 +25,14 @@ _PUBLIC = {
     "quantize_model": "kbit.nn",
     "dequantize_model": "kbit.nn",
     "model_memory": "kbit.nn",
+    "demo_model": "kbit.assets",
 }
-_SUBMODULES = ("config", "formats", "ops", "nn", "optim", "checkpoint", "plan", "eval", "integrations", "cli")
+_SUBMODULES = ("config", "formats", "ops", "nn", "optim", "checkpoint", "plan", "eval", "integrations", "cli", "assets")
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from kbit.assets import demo_model as demo_model
     from kbit.config import KbitConfig as KbitConfig
     from kbit.formats import Format as Format
     from kbit.formats import QuantizedTensor as QuantizedTensor
@@ -56,3 +60,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC, *_SUBMODULES})
+
+
+arm()  # a KbitConfig works in `from_pretrained`, whichever of kbit and transformers is imported first

@@ -1,3 +1,5 @@
+"""`python -m kbit` is `kbit`."""
+
 from kbit.cli import main
 
 main()
