@@ -1,4 +1,4 @@
-"""The house rules of imports: which package may import which, what may be imported where, and what `import kbit` costs."""
+"""The house rules of imports: which package may import which, what belongs where, and what `import kbit` costs."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_arrows_point_one_way() -> None:
 
 
 def test_the_root_imports_only_what_it_has_to() -> None:
-    """kbit/__init__.py loads its public names lazily; the one thing that it may do at once is to arm the import hook."""
+    """kbit/__init__.py loads its public names lazily; all it may do at once is to arm the import hook."""
     bad = [
         str(found)
         for found in imports_of(PACKAGE / "__init__.py")
@@ -265,7 +265,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_public_names_of_every_package_exist() -> None:
-    """`__all__` of each layer names what is there (a package whose libraries are not installed is its own test's job)."""
+    """`__all__` of each layer names what is there."""
     checked = 0
     for layer in sorted(RANKS):
         if not (PACKAGE / layer / "__init__.py").is_file():

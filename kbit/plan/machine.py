@@ -76,7 +76,8 @@ def _cpu() -> Device:
     import torch
 
     fields = _cpuinfo()
-    model = fields.get("model name") or _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+    names = (fields.get("model name"), _sysctl("machdep.cpu.brand_string"), platform.processor(), platform.machine())
+    model = next((name for name in names if name), "unknown")
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     sets = [name for flag, name in _INSTRUCTION_SETS.items() if flag in flags]
     total, free = _ram()
