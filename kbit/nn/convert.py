@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,10 @@ from kbit.ops.quantize import check_finite
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _Places = dict[int, list[tuple[nn.Module, str]]]
+
+# Called with the model after a conversion: integrations keep what a library stores about a quantized model in step.
+on_quantized: list[Callable[[nn.Module, KbitConfig], None]] = []
+on_dequantized: list[Callable[[nn.Module], None]] = []
 
 
 def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
@@ -50,6 +56,8 @@ def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
         if name in leaders:
             converted[name] = layer
         model = _replace(model, places, module, layer)
+    for listener in on_quantized:
+        listener(model, config)
     return model
 
 
@@ -71,6 +79,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                 weight = weight.t().contiguous()
             shared[id(codes)] = nn.Parameter(weight, requires_grad=module.weight_requires_grad)
         model = _replace(model, places, module, _restored(module, shared[id(codes)]))
+    for listener in on_dequantized:
+        listener(model)
     return model
 
 

@@ -1,0 +1,64 @@
+"""Models that were quantized in memory: make `save_pretrained` and `dequantize` know about it.
+
+`kbit.quantize_model` works on any module tree and knows nothing of transformers. Once transformers is imported it
+reports every model here, and a transformers model gets what `from_pretrained` would have given it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from kbit.config import KbitConfig as PlainConfig
+from kbit.integrations.transformers import ties
+from kbit.nn import convert
+from kbit.nn.base import QuantizedModule
+
+
+def install() -> None:
+    """Have `quantize_model` and `dequantize_model` report here. Safe to call again."""
+    for listeners, function in ((convert.on_quantized, attach), (convert.on_dequantized, detach)):
+        if function.__name__ not in [known.__name__ for known in listeners]:
+            listeners.append(function)
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def attach(model: Any, config: PlainConfig) -> None:
+    """Give a quantized transformers model its quantizer, its config entry and the ties of its scales."""
+    if not _is_pretrained(model):
+        return
+    from kbit.integrations.transformers.quantizer import quantizer_class
+
+    quantizer = quantizer_class()(config, pre_quantized=True)
+    quantizer.modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    quantizer.groups = ties.groups_of(model)
+    ties.declare(model, quantizer.groups)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.quantization_method = quantizer.quantization_config.quant_method
+    model.is_quantized = True
+    for module in model.modules():
+        if _is_pretrained(module):
+            module.config._is_quantized = True
+            module.config._pre_quantization_dtype = model.dtype  # version 4 dequantizes to this
+    model._weight_conversions = []
+
+
+def detach(model: Any) -> None:
+    """Take away what `attach` or loading gave, from a model that is in floating point again."""
+    if not _is_pretrained(model):
+        return
+    ties.undeclare(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.modules, quantizer.groups = {}, []
+        quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if _is_pretrained(module):
+            vars(module.config).pop("_is_quantized", None)
