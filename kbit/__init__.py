@@ -26,6 +26,8 @@ _PUBLIC = {
     "dequantize_model": "kbit.nn",
     "model_memory": "kbit.nn",
     "demo_model": "kbit.assets",
+    "prepare_for_training": "kbit.integrations.peft",
+    "merge_adapters": "kbit.integrations.peft",
 }
 _SUBMODULES = ("config", "formats", "ops", "nn", "optim", "checkpoint", "plan", "eval", "integrations", "cli", "assets")
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from kbit.config import KbitConfig as KbitConfig
     from kbit.formats import Format as Format
     from kbit.formats import QuantizedTensor as QuantizedTensor
+    from kbit.integrations.peft import merge_adapters as merge_adapters
+    from kbit.integrations.peft import prepare_for_training as prepare_for_training
     from kbit.nn import Embedding4bit as Embedding4bit
     from kbit.nn import Embedding8bit as Embedding8bit
     from kbit.nn import Linear4bit as Linear4bit

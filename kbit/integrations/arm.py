@@ -1,9 +1,10 @@
-"""Registers kbit in transformers when, and only when, transformers is imported.
+"""Plugs kbit into transformers and PEFT when, and only when, they are imported.
 
 `import kbit` must not import transformers (seconds), yet `from_pretrained` has to know `quant_method: "kbit"` whichever
-of the two was imported first. A finder on `sys.meta_path` waits for `transformers.quantizers.auto`, the module that
-holds the registries, lets the usual machinery import it, and registers right after. Waiting for that module and not
-for the package also covers `importlib.reload`, which gives it new, empty registries.
+of the two was imported first. A finder on `sys.meta_path` waits for the modules named in `_PLUGS`, lets the usual
+machinery import them, and plugs in right after. For transformers that is `transformers.quantizers.auto`, the module
+that holds the registries; waiting for it and not for the package also covers `importlib.reload`, which gives it new,
+empty registries.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-_TARGET = "transformers.quantizers.auto"
 _lock = threading.Lock()
 
 
-class QuantizerModuleFinder(importlib.abc.MetaPathFinder):
+class ImportWatcher(importlib.abc.MetaPathFinder):
     """Finds one module through the other finders, and has `on_import` called once its code has run."""
 
     def __init__(self, name: str, on_import: Callable[[], None]) -> None:
@@ -35,7 +35,7 @@ class QuantizerModuleFinder(importlib.abc.MetaPathFinder):
         spec = None
         for finder in list(sys.meta_path):
             find_spec = getattr(finder, "find_spec", None)
-            if find_spec is None or isinstance(finder, QuantizerModuleFinder):
+            if find_spec is None or isinstance(finder, ImportWatcher):
                 continue
             spec = find_spec(fullname, path, target)
             if spec is not None:
@@ -58,29 +58,44 @@ class QuantizerModuleFinder(importlib.abc.MetaPathFinder):
         loader.exec_module = exec_and_report  # type: ignore[method-assign]
 
 
-def _register() -> None:
-    """Register now. A failure is a warning: it must not break `import transformers` for those who do not use kbit."""
-    try:
-        from kbit.integrations.transformers import register
+def _plug_transformers() -> None:
+    from kbit.integrations.transformers import register
 
-        register()
-    except Exception as error:  # whatever a transformers that we have not seen throws
+    register()
+
+
+def _plug_peft() -> None:
+    from kbit.integrations.peft import register
+
+    register()
+
+
+_PLUGS: dict[str, Callable[[], None]] = {"transformers.quantizers.auto": _plug_transformers, "peft": _plug_peft}
+
+
+def _plug(name: str) -> None:
+    """Plug in now. A failure is a warning: it must not break the import for those who do not use kbit."""
+    library = name.partition(".")[0]
+    try:
+        _PLUGS[name]()
+    except Exception as error:  # whatever a version that we have not seen throws
         warnings.warn(
-            f"kbit could not register itself in transformers ({type(error).__name__}: {error}); "
-            "from_pretrained will not accept a KbitConfig. kbit supports transformers 4.57 and newer.",
+            f"kbit could not plug itself into {library} ({type(error).__name__}: {error}); quantized models will not work "
+            "with it. kbit supports transformers 4.57 and newer, and peft 0.21 and newer.",
             stacklevel=2,
         )
 
 
 def arm() -> None:
-    """Have kbit registered in transformers: at once where transformers is imported already, else when it is.
+    """Have kbit plugged into transformers and PEFT: at once where they are imported already, else when they are.
 
     Imports nothing by itself, may be called any number of times and from any thread.
     """
     with _lock:
-        if not any(getattr(type(finder), "__name__", "") == "QuantizerModuleFinder" for finder in sys.meta_path):
-            sys.meta_path.insert(0, QuantizerModuleFinder(_TARGET, _register))
-    module = sys.modules.get(_TARGET)
-    # While another thread is still running that module, the finder (or the import lock below) does the work.
-    if module is not None:
-        _register()
+        watched = {finder.name for finder in sys.meta_path if type(finder).__name__ == "ImportWatcher"}  # type: ignore
+        for name in _PLUGS.keys() - watched:
+            sys.meta_path.insert(0, ImportWatcher(name, lambda name=name: _plug(name)))  # type: ignore[misc]
+    for name in _PLUGS:
+        # While another thread is still running that module, the finder (or the import lock) does the work.
+        if name in sys.modules:
+            _plug(name)

@@ -101,8 +101,12 @@ def select_modules(model: nn.Module, config: KbitConfig) -> dict[str, nn.Module]
     groups = tied_groups(model)
     tied_to_embedding = {m for group in groups if any(isinstance(g, nn.Embedding) for g in group) for m in group}
 
+    adapters = _adapter_modules(model)
+
     chosen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if module in adapters:
+            continue
         wanted = is_linear(module) or (is_embedding(module) and config.quantize_embeddings)
         if not wanted or _weight(module) is None or matches(name, skipped):
             continue
@@ -117,6 +121,17 @@ def select_modules(model: nn.Module, config: KbitConfig) -> dict[str, nn.Module]
     if config.quantize_experts:
         _warn_of_experts(model)
     return chosen
+
+
+def _adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """What PEFT's layers train (lora_A, lora_B ...): it stays in floating point, only their base is quantized."""
+    adapters: set[nn.Module] = set()
+    for module in model.modules():
+        for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())):
+            part = module._modules.get(name.partition(".")[0])
+            if part is not None:
+                adapters.update(part.modules())
+    return adapters
 
 
 def _warn_of_experts(model: nn.Module) -> None:
