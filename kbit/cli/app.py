@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 # In the order of `kbit --help`.
-COMMANDS = ("demo", "plan", "quantize", "generate", "eval", "bench", "doctor", "run")
+COMMANDS = ("demo", "plan", "quantize", "generate", "eval", "finetune", "bench", "doctor", "run")
 
 # Which extra of the distribution brings a module.
 _EXTRAS = {

@@ -55,11 +55,17 @@ def parse_formats(text: str, known: Sequence[str] = WEIGHT_FORMATS) -> list[str]
 def resolve_model(model: str, *, weights: bool = True) -> str:
     """MODEL as `from_pretrained` takes it: a local model folder, or a hub name whose config.json can be had.
 
+    "demo" is the model that ships with kbit, unless there is a folder of that name.
+
     weights: the folder has to hold weights too, not only a config.json.
 
     Raises ValueError, one sentence, for a path that does not exist, a file, or a folder without a model.
     """
     path = Path(model).expanduser()
+    if model == "demo" and not path.exists():
+        from kbit.assets import demo_model
+
+        path = Path(demo_model())
     if path.is_dir():
         _check_folder(path, weights)
         return str(path)
