@@ -35,7 +35,7 @@ class ImportWatcher(importlib.abc.MetaPathFinder):
         spec = None
         for finder in list(sys.meta_path):
             find_spec = getattr(finder, "find_spec", None)
-            if find_spec is None or isinstance(finder, ImportWatcher):
+            if find_spec is None or _is_watcher(finder):
                 continue
             spec = find_spec(fullname, path, target)
             if spec is not None:
@@ -56,6 +56,11 @@ class ImportWatcher(importlib.abc.MetaPathFinder):
                 self.on_import()
 
         loader.exec_module = exec_and_report  # type: ignore[method-assign]
+
+
+def _is_watcher(finder: object) -> bool:
+    # By name: after importlib.reload of this module, watchers of the class as it was before are still in place.
+    return type(finder).__name__ == ImportWatcher.__name__
 
 
 def _plug_transformers() -> None:
@@ -92,7 +97,7 @@ def arm() -> None:
     Imports nothing by itself, may be called any number of times and from any thread.
     """
     with _lock:
-        watched = {finder.name for finder in sys.meta_path if type(finder).__name__ == "ImportWatcher"}  # type: ignore
+        watched = {finder.name for finder in sys.meta_path if _is_watcher(finder)}  # type: ignore[attr-defined]
         for name in _PLUGS.keys() - watched:
             sys.meta_path.insert(0, ImportWatcher(name, lambda name=name: _plug(name)))  # type: ignore[misc]
     for name in _PLUGS:

@@ -14,7 +14,6 @@ from torch import nn
 from kbit.config import KbitConfig as PlainConfig
 from kbit.integrations.transformers import ties
 from kbit.nn import convert
-from kbit.nn.base import QuantizedModule
 
 
 def install() -> None:
@@ -36,7 +35,7 @@ def attach(model: Any, config: PlainConfig) -> None:
     from kbit.integrations.transformers.quantizer import quantizer_class
 
     quantizer = quantizer_class()(config, pre_quantized=True)
-    quantizer.modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    quantizer.modules = ties.quantized_modules(model)
     quantizer.groups = ties.groups_of(model)
     ties.declare(model, quantizer.groups)
     model.hf_quantizer = quantizer
@@ -46,7 +45,7 @@ def attach(model: Any, config: PlainConfig) -> None:
     for module in model.modules():
         if _is_pretrained(module):
             module.config._is_quantized = True
-            module.config._pre_quantization_dtype = model.dtype  # version 4 dequantizes to this
+            quantizer.note_dtype(module.config, model.dtype)
     model._weight_conversions = []
 
 

@@ -60,11 +60,15 @@ class KbitQuantizer(HfQuantizer):
         """
         return keys.split(param_name, self.modules) is not None
 
+    def note_dtype(self, config: Any, dtype: torch.dtype) -> None:
+        """Keep the dtype of a model that was quantized in memory, where this version of transformers looks for it."""
+
     # -- before loading -----------------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.config.quantization_config = self.quantization_config
-        self.modules = replace_empty(model, self.quantization_config)
+        replace_empty(model, self.quantization_config)
+        self.modules = ties.quantized_modules(model)
         if not self.modules:
             logger.warning("nothing in this %s is quantized: skip_modules covers every layer", type(model).__name__)
         self.groups = ties.groups_of(model)
@@ -114,8 +118,9 @@ class KbitQuantizer(HfQuantizer):
     def _check_keys(self, model: Any, missing: set[str], unexpected: set[str]) -> None:
         if self.pre_quantized:
             keys.check_complete(model, self.modules, missing | self.missing, unexpected)
-        for name in {key.rpartition(".")[0] for key in missing | self.missing if keys.split(key, self.modules)}:
-            self._make_new(model, name)
+        for name in sorted({key.rpartition(".")[0] for key in missing | self.missing if keys.split(key, self.modules)}):
+            if name in self.modules:
+                self._make_new(model, name)
 
     def _make_new(self, model: Any, name: str) -> None:
         """A layer that the checkpoint does not have is new: floating point, drawn as the model draws, trainable."""
@@ -123,9 +128,10 @@ class KbitQuantizer(HfQuantizer):
         if skipped is None:
             heads = output_heads(model)
             skipped = [n for n, m in model.named_modules() if m in heads and n not in self.modules]
-        module = self.modules.pop(name)
+        module = self.modules[name]
+        places = [place for place, other in self.modules.items() if other is module]
         self.quantization_config = copy.copy(self.quantization_config)
-        self.quantization_config.skip_modules = [*skipped, name]  # or a saved copy would expect its codes
+        self.quantization_config.skip_modules = [*skipped, *places]  # or a saved copy would expect its codes
         device = next((p.device for p in module.parts().values() if not p.is_meta), torch.device("cpu"))
         if is_conv1d_class(module.original_class):
             new = module.original_class(module.out_features, module.in_features)
@@ -138,7 +144,9 @@ class KbitQuantizer(HfQuantizer):
         bias = getattr(module, "bias", None)
         if bias is not None and not bias.is_meta:
             new.bias = bias
-        model.set_submodule(name, new)
+        for place in places:
+            del self.modules[place]
+            model.set_submodule(place, new)
 
     # -- one weight ---------------------------------------------------------------------------------------------------
 
@@ -198,17 +206,16 @@ class KbitQuantizer(HfQuantizer):
         """The state dict as it is written: int8 codes `[N, K, 1]` (see `keys.stored_shape`), offloaded tensors read."""
         state = offload.full_state_dict(model)
         expected = self.quantization_config.weight_format
-        for name, module in model.named_modules():
-            if isinstance(module, QuantizedModule):
-                if module.weight_format != expected:
-                    raise ValueError(
-                        f"{name} is stored as {module.weight_format}, but the model's config says {expected}: a model "
-                        "that was quantized in several formats cannot be saved with one quantization_config"
-                    )
-                for part in module.parts():
-                    key = f"{name}.{part}"
-                    if key in state:
-                        state[key] = state[key].view(keys.stored_shape(module, part))
+        for name, module in ties.quantized_modules(model).items():
+            if module.weight_format != expected:
+                raise ValueError(
+                    f"{name} is stored as {module.weight_format}, but the model's config says {expected}: a model that "
+                    "was quantized in several formats cannot be saved with one quantization_config"
+                )
+            for part in module.parts():
+                key = f"{name}.{part}"
+                if key in state:
+                    state[key] = state[key].view(keys.stored_shape(module, part))
         return state, {}
 
     # -- back ---------------------------------------------------------------------------------------------------------
@@ -218,7 +225,7 @@ class KbitQuantizer(HfQuantizer):
 
         Raises ValueError for a model with offloaded weights.
         """
-        quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+        quantized = ties.quantized_modules(model)
         away = [name for name, module in quantized.items() if offload.is_offloaded(module)]
         if away:
             raise ValueError(f"{away[0]} is offloaded; load the model without offloading to dequantize it")

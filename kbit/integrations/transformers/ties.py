@@ -32,12 +32,17 @@ def tie_before_loading(model: Any) -> None:
             module._parameters[name] = parameter
 
 
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+    """Every quantized module by name; one that hangs in several places (T5's table) by each of its names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, QuantizedModule)}
+
+
 def groups_of(model: nn.Module) -> Groups:
     """Names of the quantized modules that share one weight, group by group (each of at least two)."""
     by_weight: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            by_weight.setdefault(id(module.weight), []).append(name)
+    for name, module in quantized_modules(model).items():
+        by_weight.setdefault(id(module.weight), []).append(name)
     return [names for names in by_weight.values() if len(names) > 1]
 
 

@@ -27,6 +27,16 @@ class KbitQuantizerV4(KbitQuantizer):
     def get_accelerator_warm_up_factor(self) -> int:
         return 2  # the meta model has the true sizes already
 
+    def note_dtype(self, config: Any, dtype: torch.dtype) -> None:
+        config._pre_quantization_dtype = dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # A module counts as initialized when all its Parameters and buffers do, but nothing marks buffers that are not
+        # saved; such a module (GPT-2's attention) would draw random numbers for its layers, into codes.
+        for buffer in model.buffers():
+            buffer._is_hf_initialized = True
+        return super()._process_model_before_weight_loading(model, **kwargs)
+
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Scales that do not exist yet are not missing from a checkpoint that is quantized while it loads."""
         if self.pre_quantized:
