@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kbit.formats.spec import BLOCK_SIZES, Format
+from kbit.formats.spec import Format, check_block_size
 
 QUANT_METHOD = "kbit"
 _FORMATS_BY_BITS = {4: ("nf4", "fp4"), 8: ("int8",)}
@@ -57,15 +57,17 @@ class KbitConfig:
     quant_method = QUANT_METHOD
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in _FORMATS_BY_BITS:
+        if type(self.bits) is not int or self.bits not in _FORMATS_BY_BITS:
             raise ValueError(f"bits must be 4 or 8, got {self.bits!r}")
         if self.format is None:
             self.format = _FORMATS_BY_BITS[self.bits][0]
         if self.format not in _FORMATS_BY_BITS[self.bits]:
             known = ", ".join(_FORMATS_BY_BITS[self.bits])
-            raise ValueError(f"format {self.format!r} does not have {self.bits} bits; with bits={self.bits} use: {known}")
-        if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size!r}")
+            raise ValueError(f"{self.format!r} is no format of {self.bits} bits; with bits={self.bits} use: {known}")
+        check_block_size(self.block_size)
+        for flag in ("double_quant", "quantize_embeddings", "quantize_experts"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ValueError(f"{flag} must be True or False, got {getattr(self, flag)!r}")
         threshold = self.outlier_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
             raise ValueError(f"outlier_threshold must be a finite number of at least 0, got {threshold!r}")
@@ -103,12 +105,14 @@ class KbitConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> KbitConfig:
         """The inverse of `to_dict`. Raises ValueError for another quant_method or an unknown key."""
+        if not isinstance(data, dict):
+            raise ValueError(f"a kbit config is a JSON object, got {type(data).__name__}")
         data = dict(data)
         method = data.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ValueError(f"quant_method is {method!r}, expected {QUANT_METHOD!r}")
         known = {field.name for field in dataclasses.fields(KbitConfig)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(map(str, set(data) - known))
         if unknown:
             raise ValueError(f"unknown keys in a kbit config: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**data)

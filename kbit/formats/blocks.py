@@ -70,9 +70,15 @@ def dequantize_4bit(
     """Decode NF4 or FP4: value of the code times absmax in fp32, then one cast to `dtype`.
 
     packed: uint8, `(n + 1) // 2` bytes in flat order (any shape). absmax: fp32, one a block (any shape).
+    Raises ValueError where their sizes do not belong to `shape`.
     """
     count = math.prod(shape)
     packed, absmax = packed.reshape(-1), absmax.reshape(-1)
+    if packed.numel() != (count + 1) // 2 or absmax.numel() != -(-count // block_size):
+        raise ValueError(
+            f"{packed.numel()} packed bytes and {absmax.numel()} scales are not a {name} tensor of shape "
+            f"{list(shape)} in blocks of {block_size}"
+        )
     out = torch.empty(count, dtype=dtype, device=packed.device)
     # One look-up a byte: both fp32 values of a byte as one 64-bit element (gathering rows of two is four times slower).
     pairs = codebook(name, packed.device, "pairs").view(torch.int64).view(-1)
@@ -148,7 +154,7 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach()
     columns = x.shape[-1]
     rows = x.reshape(math.prod(x.shape[:-1]), columns)
-    codes = torch.empty_like(rows, dtype=torch.int8)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)  # row-major, however x lies in memory
     absmax = torch.zeros(rows.shape[0], dtype=torch.float32, device=x.device)
     step = max(1, _CHUNK // max(columns, 1))
     for begin in range(0, rows.shape[0] if columns else 0, step):
@@ -161,12 +167,10 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 def int8_codes(values: Tensor, absmax: Tensor) -> Tensor:
     """int8 codes of fp32 `values [..., K]` under row scales `absmax [...]`; elements beyond absmax saturate."""
     row = absmax.unsqueeze(-1)
-    inverse = 127.0 / row
-    scaled = values * inverse
-    # 127 / absmax overflows for absmax below 3.7e-37: divide first there. A zero row has nothing to scale.
-    scaled = torch.where(torch.isinf(inverse), values / row * 127.0, scaled)
-    scaled = torch.where(row > 0, scaled, torch.zeros_like(scaled))
-    return scaled.round_().clamp_(-127, 127).to(torch.int8)
+    # 127 / absmax overflows for absmax below 3.7e-37; a power of two scales such a row without rounding it.
+    boost = torch.where(row < 2.0**-100, 2.0**64, 1.0)
+    inverse = torch.where(row > 0, 127.0 / (row * boost), 0.0)
+    return (values * boost).mul_(inverse).round_().clamp_(-127, 127).to(torch.int8)
 
 
 def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:

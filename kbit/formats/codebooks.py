@@ -5,12 +5,14 @@
 * Dynamic 8-bit: the dynamic tree map of "8-bit Optimizers via Block-wise Quantization"
   (Dettmers et al. 2021, arXiv 2110.02861).
 
-Everything here is tiny and lives on the CPU; `codebook` copies a table to a device on request and keeps the copy.
+Everything here is tiny and lives on the CPU, whatever torch's default device; `codebook` copies a table to a device on
+request and keeps the copy.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -66,10 +68,10 @@ def dynamic_map(signed: bool = True) -> Tensor:
     so the seven decades hold 1, 2, 4 ... 64 values a side (twice as many when unsigned), each the mean of two
     neighbouring boundaries of a linear grid over [0.1, 1]. Zero and one complete the map.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for decade in range(7):
         steps = 2**decade if signed else 2 ** (decade + 1)
-        boundaries = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
+        boundaries = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32, device="cpu")
         means = (boundaries[:-1] + boundaries[1:]) / 2.0
         magnitudes = (10 ** (decade - 6)) * means
         values.append(magnitudes)
@@ -78,11 +80,16 @@ def dynamic_map(signed: bool = True) -> Tensor:
     return torch.cat(values).sort().values
 
 
-@functools.lru_cache(maxsize=None)
+def _built_once(build: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Cache a table, built as an ordinary tensor even where its first use happens in inference mode."""
+    return functools.cache(torch.inference_mode(False)(build))
+
+
+@_built_once
 def _table(name: str) -> Tensor:
     """fp32 values by code: `[16]` for nf4 and fp4, `[256]` for dynamic8 and dynamic8-unsigned."""
     if name in _VALUES:
-        return torch.tensor(_VALUES[name], dtype=torch.float32)
+        return torch.tensor(_VALUES[name], dtype=torch.float32, device="cpu")
     if name == "dynamic8":
         return dynamic_map(signed=True)
     if name == "dynamic8-unsigned":
@@ -90,50 +97,59 @@ def _table(name: str) -> Tensor:
     raise ValueError(f"unknown codebook {name!r}; known: nf4, fp4, dynamic8, dynamic8-unsigned")
 
 
-@functools.lru_cache(maxsize=None)
+@_built_once
 def _pair_table(name: str) -> Tensor:
     """fp32 `[256, 2]`: the two values that one packed byte decodes to, high nibble first."""
     values = _table(name)
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).contiguous()
 
 
-@functools.lru_cache(maxsize=None)
+@_built_once
 def _midpoints(name: str) -> Tensor:
     """fp32 midpoints between neighbouring sorted values: `[15]` or `[255]`."""
     ordered = _table(name)[_sorted_codes(name).long()]
     return (ordered[:-1] + ordered[1:]) / 2
 
 
-@functools.lru_cache(maxsize=None)
+@_built_once
 def _sorted_codes(name: str) -> Tensor:
     """uint8 codes in ascending order of value."""
     if name in _SORTED_CODES:
-        return torch.tensor(_SORTED_CODES[name], dtype=torch.uint8)
-    return torch.arange(256).to(torch.uint8)
+        return torch.tensor(_SORTED_CODES[name], dtype=torch.uint8, device="cpu")
+    return torch.arange(256, device="cpu").to(torch.uint8)
 
 
-@functools.lru_cache(maxsize=None)
+@_built_once
 def _zero_code(name: str) -> Tensor:
     """int32 scalar: the code that decodes to 0."""
     return (_table(name) == 0).nonzero()[0, 0].int()
 
 
-_TABLES = {"zero_code": _zero_code, "values": _table, "pairs": _pair_table, "midpoints": _midpoints, "sorted_codes": _sorted_codes}
+_TABLES = {
+    "values": _table,
+    "pairs": _pair_table,
+    "midpoints": _midpoints,
+    "sorted_codes": _sorted_codes,
+    "zero_code": _zero_code,
+}
 _copies: dict[tuple[str, str, torch.device], Tensor] = {}
 
 
 def codebook(name: str, device: torch.device | str = "cpu", kind: str = "values") -> Tensor:
     """A table of `name` on `device`; do not write to it.
 
-    kind: "values" (fp32 by code), "pairs" (fp32 `[256, 2]` by packed byte), "midpoints" (fp32 between sorted values)
-    "sorted_codes" (uint8 codes in ascending order of value) or
-    "zero_code" (int32 scalar, the code of 0).
+    kind: "values" (fp32 by code), "pairs" (fp32 `[256, 2]` by packed byte), "midpoints" (fp32 between sorted values),
+    "sorted_codes" (uint8 codes in ascending order of value) or "zero_code" (int32 scalar, the code of 0).
+    Raises ValueError for an unknown name or kind.
     """
+    if kind not in _TABLES:
+        raise ValueError(f"unknown kind of table {kind!r}; known: {', '.join(_TABLES)}")
     device = torch.device(device)
     if device.type == "cpu":
         return _TABLES[kind](name)
     key = (kind, name, device)
     if key not in _copies:
-        _copies[key] = _TABLES[kind](name).to(device)
+        with torch.inference_mode(False):
+            _copies[key] = _TABLES[kind](name).to(device)
     return _copies[key]

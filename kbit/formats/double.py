@@ -20,7 +20,12 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     65,536 scales up.
     """
     absmax = absmax.reshape(-1)
-    offset = absmax.mean().view(1) if absmax.numel() else absmax.new_zeros(1)
+    count = absmax.numel()
+    offset = absmax.new_zeros(1)
+    if count:
+        mean = absmax.mean()
+        # The sum of scales near fp32's largest value overflows; their mean does not.
+        offset = torch.where(mean.isinf(), (absmax / count).sum(), mean).view(1)
     codes, nested_absmax = quantize_dynamic(absmax - offset, signed=True, block_size=NESTED_BLOCK_SIZE)
     return codes, nested_absmax, offset
 

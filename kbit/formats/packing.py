@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +39,4 @@ def layout_shapes(fmt: Format, shape: Sequence[int]) -> tuple[tuple[int, ...], t
     scales = (*shape[:-1], shape[-1] // fmt.block_size) if rows else (fmt.block_count(shape),)
     if not fmt.is_4bit:
         return shape, scales
-    count = 1
-    for size in shape:
-        count *= size
-    return ((*shape[:-1], shape[-1] // 2) if rows else ((count + 1) // 2,)), scales
+    return ((*shape[:-1], shape[-1] // 2) if rows else ((math.prod(shape) + 1) // 2,)), scales

@@ -14,6 +14,12 @@ _ALIASES = {"nf4-plain": ("nf4", False), "fp4-plain": ("fp4", False)}
 NESTED_BLOCK_SIZE = 256
 
 
+def check_block_size(size: object) -> None:
+    """ValueError unless `size` is a block size that exists."""
+    if type(size) is not int or size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {size!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """The storage of one tensor.
@@ -34,10 +40,12 @@ class Format:
         if self.name not in FORMAT_NAMES:
             raise ValueError(f"unknown format {self.name!r}; known: {', '.join(FORMAT_NAMES)}")
         if self.name == "int8":
-            if self.block_size != 0:
-                raise ValueError(f"int8 has one scale a row: block_size must be 0, got {self.block_size}")
-        elif self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size}")
+            if type(self.block_size) is not int or self.block_size != 0:
+                raise ValueError(f"int8 has one scale a row: block_size must be 0, got {self.block_size!r}")
+        else:
+            check_block_size(self.block_size)
+        if not isinstance(self.double_quant, bool):
+            raise ValueError(f"double_quant must be True or False, got {self.double_quant!r}")
         if self.double_quant and not self.is_4bit:
             raise ValueError(f"double quantization exists for nf4 and fp4 only, not for {self.name}")
 
@@ -85,20 +93,25 @@ class Format:
         return codes + blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
-        """Stored bits an element, everything counted."""
-        return 8 * self.nbytes(shape) / math.prod(shape)
+        """Stored bits an element, everything counted; 0 for a tensor without elements."""
+        count = math.prod(shape)
+        return 8 * self.nbytes(shape) / count if count else 0.0
 
     def has_row_layout(self, shape: Sequence[int]) -> bool:
         """True where no block crosses a row, so that codes and scales keep the tensor's leading dimensions."""
         return self.name != "int8" and len(shape) > 0 and shape[-1] > 0 and shape[-1] % self.block_size == 0
 
     def to_json(self) -> dict[str, Any]:
+        """Its fields, JSON-safe."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Format:
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = set(data) - known
+        """The inverse of `to_json`. Raises ValueError for another type, unknown keys and values that do not exist."""
+        if not isinstance(data, dict):
+            raise ValueError(f"a format is a JSON object, got {type(data).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(map(str, set(data) - set(known)))
         if unknown:
-            raise ValueError(f"unknown keys in a format: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+            raise ValueError(f"a format has no key {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from kbit.formats.double import dequantize_absmax
 from kbit.formats.spec import Format
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """One quantized tensor.
 
@@ -38,8 +39,13 @@ class QuantizedTensor:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by name; absent ones left out."""
-        names = ("codes", "absmax", "nested_absmax", "nested_offset")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        parts = {
+            "codes": self.codes,
+            "absmax": self.absmax,
+            "nested_absmax": self.nested_absmax,
+            "nested_offset": self.nested_offset,
+        }
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +58,8 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same bytes on another device. It moves; it never changes a dtype."""
-        return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        moved: dict[str, Any] = {name: tensor.to(device=device) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
 
 
 def dequantize_reference(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ checkpoint loaders leave them alone, and FSDP2, safetensors, accelerate and `tor
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,8 +50,15 @@ def quantize_weight(weight: Tensor, fmt: Format, name: str | None = None) -> dic
 class QuantizedModule(nn.Module):
     """A module whose weight is stored in a `Format`; the base of the quantized layers."""
 
+    weight: Tensor
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter | None
+    nested_offset: nn.Parameter | None
     weight_format: Format
+    weight_shape: torch.Size
     weight_dtype: torch.dtype
+    # What `.half()`, `.to(dtype)` ... would have made of a floating point weight; None while nothing was cast.
+    cast_dtype: torch.dtype | None = None
     # nn.Linear or nn.Embedding, or a class such as transformers' Conv1D: what `dequantize_model` restores.
     original_class: type[nn.Module]
     # Whether the weight took part in training before it was quantized: restored by `dequantize_model`.
@@ -62,22 +70,39 @@ class QuantizedModule(nn.Module):
         self.weight_format = fmt
         self.weight_shape = torch.Size(shape)
         self.weight_dtype = dtype or torch.get_default_dtype()
-        for name in PART_NAMES[1:]:
+        for name in PART_NAMES:
             self.register_parameter(name, None)
         for name, (part_shape, part_dtype) in part_shapes(fmt, shape).items():
             # All zeros decode to zeros in every format: a new layer is a valid one.
             part = torch.zeros(part_shape, dtype=part_dtype, device=device)
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        """Moves reach codes and scales, casts never do (`.type(dtype)` would); a cast is remembered in `cast_dtype`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or tensor.is_floating_point():
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        current = self.cast_dtype or self.weight_dtype
+        cast = fn(torch.empty(0, dtype=current, device="cpu")).dtype
+        if cast != current:
+            self.cast_dtype = cast
+        return self
+
     def parts(self) -> dict[str, nn.Parameter]:
         """The Parameters that store the weight, by name."""
-        return {name: self._parameters[name] for name in PART_NAMES if self._parameters[name] is not None}  # type: ignore[misc]
+        return {name: part for name in PART_NAMES if (part := self._parameters[name]) is not None}
 
-    def set_parts(self, parts: dict[str, Tensor]) -> None:
+    def set_parts(self, parts: Mapping[str, Tensor]) -> None:
         """Take over the parts of a weight; Parameters are shared, tensors wrapped. ValueError where they do not fit."""
         expected = part_shapes(self.weight_format, tuple(self.weight_shape))
         if set(parts) != set(expected):
-            raise ValueError(f"a {self.weight_format.label} weight has the parts {sorted(expected)}, got {sorted(parts)}")
+            label = self.weight_format.label
+            raise ValueError(f"a {label} weight has the parts {sorted(expected)}, got {sorted(parts)}")
         for name, part in parts.items():
             shape, dtype = expected[name]
             if tuple(part.shape) != shape or part.dtype != dtype:
@@ -88,10 +113,10 @@ class QuantizedModule(nn.Module):
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor that shares this module's storage."""
-        parts = {n: p.detach().view(torch.float32) if p.dtype == torch.int32 else p.detach() for n, p in self.parts().items()}
-        codes = parts.pop("weight")
+        parts = {name: part.detach() for name, part in self.parts().items()}
+        parts = {name: t.view(torch.float32) if t.dtype == torch.int32 else t for name, t in parts.items()}
         return QuantizedTensor(
-            codes, shape=self.weight_shape, dtype=self.weight_dtype, format=self.weight_format, **parts
+            parts.pop("weight"), shape=self.weight_shape, dtype=self.weight_dtype, format=self.weight_format, **parts
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -115,8 +140,8 @@ class QuantizedModule(nn.Module):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.dtype != part.dtype:
                 error_msgs.append(
-                    f"{prefix + name} has dtype {value.dtype} in the state dict, but this {self.weight_format.label} layer "
-                    f"stores {part.dtype}: quantize the model that wrote it, or load before quantizing"
+                    f"{prefix + name} has dtype {value.dtype} in the state dict, but this {self.weight_format.label} "
+                    f"layer stores {part.dtype}: quantize the model that wrote it, or load before quantizing"
                 )
                 return
         super()._load_from_state_dict(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,19 @@ from kbit.nn.base import QuantizedModule
 from kbit.nn.embedding import Embedding4bit, Embedding8bit
 from kbit.nn.linear import Linear4bit, Linear8bit
 from kbit.nn.select import is_conv1d, is_linear, select_modules, tied_groups
-from kbit.ops.quantize import check_finite
+from kbit.ops.quantize import check_quantizable
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# The same dict objects go over, so that the handles which remove hooks keep working.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 _Places = dict[int, list[tuple[nn.Module, str]]]
 
 # Called with the model after a conversion: integrations keep what a library stores about a quantized model in step.
@@ -22,6 +33,7 @@ on_quantized: list[Callable[[nn.Module, KbitConfig], None]] = []
 on_dequantized: list[Callable[[nn.Module], None]] = []
 
 
+@torch.inference_mode(False)  # what is converted in inference mode must still serve training
 def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
     """Quantize the linear layers (and, if asked, the embeddings) of any module tree in place.
 
@@ -30,16 +42,15 @@ def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
     config: what and how; see KbitConfig.
 
     Returns the model (another object only if the model itself is one linear layer or embedding). Raises ValueError
-    that names the tensor for NaN, infinity and meta weights, before anything is changed.
+    that names the tensor for NaN, infinity and meta weights, TypeError for a dtype that cannot be quantized, before
+    anything is changed.
     """
     if not isinstance(config, KbitConfig):
         raise TypeError(f"config must be a KbitConfig, got {type(config).__name__}")
     selected = select_modules(model, config)
     for name, module in selected.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if weight.is_meta:
-            raise ValueError(f"{_key(name)} is on the meta device: load the weights before quantizing")
-        check_finite(weight.detach(), f"tensor {_key(name)!r}")
+        check_quantizable(weight, f"tensor {_key(name)!r}")
 
     leaders = _leaders(model, selected)
     places = _places(model)
@@ -49,23 +60,27 @@ def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
         layer = empty_like(module, config)
         leader = converted.get(leaders.get(name, ""))
         if leader is not None:
-            layer.set_parts(leader.parts())  # type: ignore[arg-type]
+            layer.set_parts(leader.parts())
             layer.weight_dtype = leader.weight_dtype
         else:
             layer.quantize_from(weight_of(module), _key(name))  # type: ignore[operator]
         if name in leaders:
             converted[name] = layer
         model = _replace(model, places, module, layer)
+    _switch_fused_paths(model)
     for listener in on_quantized:
         listener(model, config)
     return model
 
 
+@torch.inference_mode(False)
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn every quantized layer of `model` back into the class it was, in place, with its dequantized weight.
 
-    dtype: of the weights; None gives each the dtype that was quantized. Tied weights stay tied. Returns the model
-    (another object only if the model itself is one quantized layer).
+    dtype: of the weights; None gives each the dtype that was quantized, or the one that `.half()`, `.to(dtype)` and the
+        like have made of the model since.
+
+    Tied weights stay tied. Returns the model (another object only if the model itself is one quantized layer).
     """
     places = _places(model)
     shared: dict[int, nn.Parameter] = {}
@@ -74,11 +89,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     alive = [module.weight for module in quantized]
     for module, codes in zip(quantized, alive, strict=True):
         if id(codes) not in shared:
-            weight = module.dequantize(dtype)
+            weight = module.dequantize(dtype or module.cast_dtype)
             if is_conv1d_class(module.original_class):
                 weight = weight.t().contiguous()
             shared[id(codes)] = nn.Parameter(weight, requires_grad=module.weight_requires_grad)
         model = _replace(model, places, module, _restored(module, shared[id(codes)]))
+    _switch_fused_paths(model)
     for listener in on_dequantized:
         listener(model)
     return model
@@ -97,14 +113,15 @@ def replace_empty(model: nn.Module, config: KbitConfig) -> dict[str, QuantizedMo
         new[name] = layer = empty_like(module, config, device=module.weight.device)  # type: ignore[arg-type]
         leader = new.get(leaders.get(name, name))
         if leader is not None and leader is not layer:
-            layer.set_parts(leader.parts())  # type: ignore[arg-type]
+            layer.set_parts(leader.parts())
         _replace(model, places, module, layer)
+    _switch_fused_paths(model)
     return new
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a convertible module as `[N, K]`: Conv1D's is stored `[K, N]`."""
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     return weight.t() if is_conv1d(module) else weight
 
 
@@ -112,31 +129,24 @@ def empty_like(module: nn.Module, config: KbitConfig, device: torch.device | str
     """The quantized layer that replaces `module`, with its bias, mode and hooks, and no weight yet."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     fmt = config.weight_format
+    where: dict[str, Any] = {"device": device, "dtype": weight.dtype}
     layer: QuantizedModule
     if is_linear(module):
-        n, k = reversed(weight.shape) if is_conv1d(module) else weight.shape
-        bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+        k, n = weight.shape if is_conv1d(module) else reversed(weight.shape)
+        where["compute_dtype"] = config.compute_dtype
         if fmt.is_4bit:
-            layer = Linear4bit(
-                k, n, False, format=fmt, compute_dtype=config.compute_dtype, device=device, dtype=weight.dtype  # type: ignore
-            )
+            layer = Linear4bit(k, n, False, format=fmt, **where)
         else:
-            layer = Linear8bit(
-                k,
-                n,
-                False,
-                outlier_threshold=config.outlier_threshold,
-                compute_dtype=config.compute_dtype,  # type: ignore[arg-type]
-                device=device,
-                dtype=weight.dtype,
-            )
-        layer.bias = bias
-    elif fmt.is_4bit:
-        layer = Embedding4bit(
-            *weight.shape, module.padding_idx, format=fmt, device=device, dtype=weight.dtype  # type: ignore[arg-type]
-        )
+            layer = Linear8bit(k, n, False, outlier_threshold=config.outlier_threshold, **where)
+        layer.bias = module.bias  # type: ignore[assignment]
     else:
-        layer = Embedding8bit(*weight.shape, module.padding_idx, device=device, dtype=weight.dtype)  # type: ignore
+        assert isinstance(module, nn.Embedding)
+        rows, dim = weight.shape
+        if fmt.is_4bit:
+            layer = Embedding4bit(rows, dim, module.padding_idx, format=fmt, **where)
+        else:
+            layer = Embedding8bit(rows, dim, module.padding_idx, **where)
+        layer.scale_grad_by_freq, layer.sparse = module.scale_grad_by_freq, module.sparse
     layer.original_class = type(module)
     layer.weight_requires_grad = weight.requires_grad
     layer.training = module.training
@@ -161,7 +171,9 @@ def _restored(module: QuantizedModule, weight: nn.Parameter) -> nn.Module:
                 restored = cls(module.in_features, module.out_features, module.bias is not None)
             restored.bias = module.bias
         else:
-            restored = cls(module.num_embeddings, module.embedding_dim, module.padding_idx)
+            assert isinstance(module, nn.Embedding)
+            options = {"scale_grad_by_freq": module.scale_grad_by_freq, "sparse": module.sparse}
+            restored = cls(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
     restored.weight = weight
     restored.training = module.training
     for hooks in _HOOKS:
@@ -199,18 +211,28 @@ def _replace(model: nn.Module, places: _Places, old: nn.Module, new: nn.Module) 
         return new
     for parent, attribute in places[id(old)]:
         parent._modules[attribute] = new
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fused eval path reads linear1.weight itself; this switch sends it through the layers.
-            quantized = any(isinstance(child, QuantizedModule) for child in parent.children())
-            parent.activation_relu_or_gelu = 0 if quantized else _activation_code(parent)
     return model
 
 
-def _activation_code(layer: nn.TransformerEncoderLayer) -> int:
-    """What torch's own constructor stores: 1 for relu, 2 for gelu, 0 for anything else."""
-    if layer.activation is torch.nn.functional.relu or isinstance(layer.activation, nn.ReLU):
-        return 1
-    return 2 if layer.activation is torch.nn.functional.gelu or isinstance(layer.activation, nn.GELU) else 0
+def _switch_fused_paths(model: nn.Module) -> None:
+    """Send torch's transformer encoders through their layers while these are quantized, and back afterwards.
+
+    The fused eval path reads `linear1.weight` itself, and the encoder packs padded input into nested tensors for it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            name, off = "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder):
+            name, off = "use_nested_tensor", False
+        else:
+            continue
+        saved = f"_kbit_{name}"
+        quantized = any(isinstance(child, QuantizedModule) for child in module.modules())
+        if quantized and saved not in module.__dict__:
+            module.__dict__[saved] = getattr(module, name)
+            setattr(module, name, off)
+        elif not quantized and saved in module.__dict__:
+            setattr(module, name, module.__dict__.pop(saved))
 
 
 class ModelMemory(int):
@@ -239,7 +261,7 @@ def model_memory(model: nn.Module) -> ModelMemory:
     """
     seen: set[int] = set()
 
-    def count(tensors: list[Tensor]) -> int:
+    def count(tensors: Iterable[Tensor]) -> int:
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -249,5 +271,5 @@ def model_memory(model: nn.Module) -> ModelMemory:
         return total
 
     codes = [part for m in model.modules() if isinstance(m, QuantizedModule) for part in m.parts().values()]
-    quantized = count(codes)  # type: ignore[arg-type]
-    return ModelMemory(quantized, count(list(model.parameters())), count(list(model.buffers())))
+    quantized = count(codes)
+    return ModelMemory(quantized, count(model.parameters()), count(model.buffers()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kbit import ops
 from kbit.formats.spec import Format
 from kbit.nn.base import QuantizedModule, quantize_weight
 
@@ -26,21 +27,22 @@ class _QuantizedEmbedding(QuantizedModule, nn.Embedding):
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.original_class = nn.Embedding
         self._init_weight(fmt, (num_embeddings, embedding_dim), device, dtype)
-        # The dtype of looked-up rows: the table's, or what `.half()`, `.bfloat16()` and `.to(dtype)` made of it.
-        self.output_dtype = self.weight_dtype
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """A table has no floating point Parameter left to cast, so a cast is applied to the output's dtype."""
-        super()._apply(fn, recurse)
-        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
-        return self
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The dtype of looked-up rows: the table's, or what `.half()`, `.bfloat16()` and `.to(dtype)` made of it."""
+        return self.cast_dtype or self.weight_dtype
+
+    @output_dtype.setter
+    def output_dtype(self, dtype: torch.dtype) -> None:
+        self.cast_dtype = dtype
 
     def quantize_from(self, weight: Tensor, name: str | None = None) -> None:
         """Quantize `weight [rows, dim]` into this table. ValueError for another shape, and for NaN or infinity."""
         if weight.shape != self.weight_shape:
             raise ValueError(f"this table stores a weight {list(self.weight_shape)}, got {list(weight.shape)}")
         self.set_parts(quantize_weight(weight, self.weight_format, name))
-        self.weight_dtype = self.output_dtype = weight.dtype
+        self.weight_dtype, self.cast_dtype = weight.dtype, None
 
     def reset_parameters(self) -> None:
         """Nothing to draw: quantized weights come from a checkpoint or another layer."""
@@ -88,8 +90,9 @@ class Embedding4bit(_QuantizedEmbedding):
         return cls._from_embedding(embedding, name, format=format)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """ids: `[...]`, integers -> `[..., dim]`."""
         fmt = self.weight_format
-        return torch.ops.kbit.embedding_4bit(
+        return ops.embedding_4bit(
             ids,
             self.weight,
             self.absmax,
@@ -122,4 +125,5 @@ class Embedding8bit(_QuantizedEmbedding):
         return cls._from_embedding(embedding, name)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.ops.kbit.embedding_8bit(ids, self.weight, self.absmax, self.output_dtype)
+        """ids: `[...]`, integers -> `[..., dim]`."""
+        return ops.embedding_8bit(ids, self.weight, self.absmax, self.output_dtype)

@@ -41,7 +41,7 @@ class _QuantizedLinear(QuantizedModule, nn.Linear):
         if weight.shape != self.weight_shape:
             raise ValueError(f"this layer stores a weight {list(self.weight_shape)}, got {list(weight.shape)}")
         self.set_parts(quantize_weight(weight, self.weight_format, name))
-        self.weight_dtype = weight.dtype
+        self.weight_dtype, self.cast_dtype = weight.dtype, None
 
     def reset_parameters(self) -> None:
         """Nothing to draw: quantized weights come from a checkpoint or another layer."""
@@ -50,6 +50,12 @@ class _QuantizedLinear(QuantizedModule, nn.Linear):
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{size}, {self._format_repr()}{compute}"
+
+
+def check_features(x: Tensor, k: int) -> None:
+    """ValueError unless `x` is `[..., k]`: packed codes of another K would decode to something."""
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"this layer takes input of {k} features in the last dimension, got shape {list(x.shape)}")
 
 
 class Linear4bit(_QuantizedLinear):
@@ -106,6 +112,7 @@ class Linear4bit(_QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., K]`, floating point -> `[..., N]` in x's dtype."""
         fmt = self.weight_format
+        check_features(x, self.in_features)
         inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
         out = ops.linear_4bit(
             inner,
@@ -124,8 +131,8 @@ class Linear4bit(_QuantizedLinear):
 class Linear8bit(_QuantizedLinear):
     """`y = x W^T + b` with W in row-wise int8: LLM.int8() (arXiv 2208.07339).
 
-    Parameters, frozen but the bias: weight int8 `[N, K]`, absmax int32 `[N]` (the bits of the fp32 row scales; a weight is
-    `code * absmax / 127`), bias `[N]`.
+    Parameters, frozen but the bias: weight int8 `[N, K]`, absmax int32 `[N]` (the bits of the fp32 row scales; a weight
+    is `code * absmax / 127`), bias `[N]`.
 
     outlier_threshold: input features with a magnitude of at least this leave the int8 product and are multiplied in
     16 bits; 0 multiplies everything in int8. At few tokens the activations are not quantized at all.
@@ -170,6 +177,7 @@ class Linear8bit(_QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., K]`, floating point -> `[..., N]` in x's dtype."""
+        check_features(x, self.in_features)
         inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
         out = ops.linear_8bit(inner, self.weight, self.absmax, self.bias, self.outlier_threshold)
         return out if self.compute_dtype is None else out.to(x.dtype)

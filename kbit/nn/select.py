@@ -29,9 +29,8 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def matches(name: str, patterns: list[str]) -> bool:
-    """True where a pattern names the module, something above it, a part of its dotted path, or globs its name."""
-    path = f".{name}."
-    return any(f".{pattern}." in path or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """True where a pattern names the module, something above it, or consecutive parts of its dotted path; globs too."""
+    return any(fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*") for pattern in patterns)
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
@@ -64,24 +63,29 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
 def _declared_tie(model: nn.Module) -> list[nn.Module]:
     """[input embedding, output head] where a transformers config ties them, also before they share a Parameter."""
     config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not getattr(text_config, "tie_word_embeddings", False) or not getattr(model, "_tied_weights_keys", None):
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if not getattr(config, "tie_word_embeddings", False) or not getattr(model, "_tied_weights_keys", None):
         return []
     try:
         pair = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return []
-    return [module for module in pair if module is not None]
+    # Weights that are loaded speak for themselves: a model may have been untied since.
+    return [module for module in pair if module is not None and (w := _weight(module)) is not None and w.is_meta]
 
 
 def tied_groups(model: nn.Module) -> list[list[nn.Module]]:
-    """Groups of modules that share one weight (each group has at least two)."""
-    by_weight: dict[int, list[nn.Module]] = {}
+    """Groups of modules that share one weight, under whatever name (each group has at least two)."""
+    owners: dict[int, list[nn.Module]] = {}
+    weights = set()
     for module in model.modules():
-        weight = _weight(module)
-        if weight is not None:
-            by_weight.setdefault(id(weight), []).append(module)
-    groups = [group for group in by_weight.values() if len(group) > 1]
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                owners.setdefault(id(parameter), []).append(module)
+                if name == "weight":
+                    weights.add(id(parameter))
+    groups = [group for key, group in owners.items() if len(group) > 1 and key in weights]
     declared = _declared_tie(model)
     if len(declared) > 1 and not any(set(declared) <= set(group) for group in groups):
         groups.append(declared)
@@ -115,8 +119,8 @@ def select_modules(model: nn.Module, config: KbitConfig) -> dict[str, nn.Module]
         chosen[name] = module
 
     for group in groups:
-        # Every member must be selected, or the weight would exist twice.
-        if not set(group) <= set(chosen.values()):
+        # Every member must be selected and store the weight the same way round, or the weight would exist twice.
+        if not set(group) <= set(chosen.values()) or len({is_conv1d(module) for module in group}) > 1:
             chosen = {name: module for name, module in chosen.items() if module not in group}
     if config.quantize_experts:
         _warn_of_experts(model)
@@ -139,5 +143,6 @@ def _warn_of_experts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         fused = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
         if fused and "experts" in type(module).__name__.lower():
-            logger.warning("%s: fused expert weights (%s) are not quantized yet and keep their dtype", name, ", ".join(fused))
+            which = ", ".join(fused)
+            logger.warning("%s: fused expert weights (%s) are not quantized yet and keep their dtype", name, which)
             return

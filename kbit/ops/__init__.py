@@ -9,20 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbit.ops import schemas  # noqa: F401  (defines the operators; the next line implements them)
-from kbit.ops import reference  # noqa: F401  isort: skip
+from kbit.ops import reference  # noqa: F401  (defines and implements the operators)
 from kbit.ops.autograd import Linear4bitFunction, Linear8bitFunction
 from kbit.ops.backends import Backend, backends
 from kbit.ops.quantize import dequantize, quantize
 
-__all__ = ["Backend", "backends", "dequantize", "linear_4bit", "linear_8bit", "quantize"]
+__all__ = [
+    "Backend",
+    "backends",
+    "dequantize",
+    "embedding_4bit",
+    "embedding_8bit",
+    "linear_4bit",
+    "linear_8bit",
+    "quantize",
+]
 
 
 def _prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """Cast to autocast's dtype where it is on; tell whether a gradient is needed."""
     if not x.is_floating_point():
         raise TypeError(f"a quantized linear layer needs floating point input, got {x.dtype}")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -62,3 +70,36 @@ def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     x, bias, grad = _prepare(x, bias)
     call = Linear8bitFunction.apply if grad else torch.ops.kbit.linear_8bit
     return call(x, weight, absmax, bias, outlier_threshold)
+
+
+def embedding_4bit(
+    ids: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `ids [...]` of a 4-bit table `[rows, dim]`, decoded to `[..., dim]` in `dtype`.
+
+    weight, absmax, nested_absmax, nested_offset, codebook, block_size: as in `kbit.ops.schemas`.
+    Raises TypeError for ids that are not integers; the device reports an id out of range as for torch's embedding.
+    """
+    _check_ids(ids)
+    return torch.ops.kbit.embedding_4bit(
+        ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype
+    )
+
+
+def embedding_8bit(ids: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `ids [...]` of an int8 table `[rows, dim]` with scales `absmax [rows]`, as `[..., dim]` in `dtype`."""
+    _check_ids(ids)
+    return torch.ops.kbit.embedding_8bit(ids, weight, absmax, dtype)
+
+
+def _check_ids(ids: Tensor) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"an embedding needs integer ids, got {ids.dtype}")

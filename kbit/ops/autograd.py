@@ -18,13 +18,13 @@ def _bias_grad(grad: Tensor) -> Tensor:
 
 class Linear4bitFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    def forward(ctx, x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
         ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
         ctx.codebook, ctx.block_size, ctx.k = codebook, block_size, x.shape[-1]
         return _ops.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = _LinearGrad4bitFunction.apply(grad, *ctx.saved_tensors, ctx.codebook, ctx.block_size, ctx.k)
@@ -37,7 +37,7 @@ class _LinearGrad4bitFunction(torch.autograd.Function):
     """grad [..., N] -> grad W [..., K]; differentiable again, so that second derivatives work."""
 
     @staticmethod
-    def forward(ctx, grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+    def forward(ctx, grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
         ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
         ctx.codebook, ctx.block_size, ctx.n = codebook, block_size, grad.shape[-1]
         return _ops.linear_4bit_grad_input(
@@ -45,7 +45,7 @@ class _LinearGrad4bitFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):
         weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
         out = Linear4bitFunction.apply(
             grad, weight, absmax, nested_absmax, nested_offset, None, ctx.codebook, ctx.block_size, ctx.n
@@ -55,12 +55,12 @@ class _LinearGrad4bitFunction(torch.autograd.Function):
 
 class Linear8bitFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, absmax, bias, outlier_threshold):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, absmax, bias, outlier_threshold):
         ctx.save_for_backward(weight, absmax)
         return _ops.linear_8bit(x, weight, absmax, bias, outlier_threshold)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):
         weight, absmax = ctx.saved_tensors
         x_grad = _LinearGrad8bitFunction.apply(grad, weight, absmax) if ctx.needs_input_grad[0] else None
         bias_grad = _bias_grad(grad) if ctx.needs_input_grad[3] else None
@@ -71,12 +71,12 @@ class _LinearGrad8bitFunction(torch.autograd.Function):
     """grad [..., N] -> grad W [..., K] through the dequantized int8 weight."""
 
     @staticmethod
-    def forward(ctx, grad, weight, absmax):  # type: ignore[no-untyped-def]
+    def forward(ctx, grad, weight, absmax):
         ctx.save_for_backward(weight, absmax)
         return _ops.linear_8bit_grad_input(grad, weight, absmax)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):
         weight, absmax = ctx.saved_tensors
         w = _ops.dequantize_int8(weight, absmax, grad.dtype)
         return torch.nn.functional.linear(grad, w), None, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ _ops = torch.ops.kbit
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+@torch.inference_mode(False)  # codes made in inference mode must still serve training
 def quantize(
     tensor: Tensor,
     format: str | Format = "nf4",
@@ -36,14 +39,10 @@ def quantize(
     elif block_size is not None or double_quant is not None:
         raise ValueError("block_size and double_quant belong to the Format; pass them there")
     label = f"tensor {name!r}" if name else "tensor"
-    if tensor.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"{label} has dtype {tensor.dtype}; only fp32, fp16, bf16 and fp64 can be quantized")
-    if tensor.is_meta:
-        raise ValueError(f"{label} is on the meta device and holds no values to quantize")
+    check_quantizable(tensor, label)
     if format.name == "int8" and tensor.dim() == 0:
         raise ValueError(f"{label} is a scalar; int8 needs at least one dimension, whose last one is the row")
     tensor = tensor.detach()
-    check_finite(tensor, label)
     if format.name == "dynamic8-unsigned" and tensor.numel() and tensor.min() < 0:
         raise ValueError(f"{label} holds negative values, which dynamic8-unsigned cannot store; use dynamic8")
 
@@ -58,18 +57,33 @@ def quantize(
     else:
         codes, absmax = _ops.quantize_dynamic(tensor, format.name == "dynamic8", format.block_size)
     return QuantizedTensor(
-        codes.view(codes_shape), absmax.view(scales_shape), tensor.shape, tensor.dtype, format, nested_absmax, nested_offset
+        codes.view(codes_shape),
+        absmax.view(scales_shape),
+        tensor.shape,
+        tensor.dtype,
+        format,
+        nested_absmax,
+        nested_offset,
     )
 
 
-def check_finite(tensor: Tensor, label: str) -> None:
-    """ValueError where the tensor holds NaN or infinity, with how many and the first position."""
+def check_quantizable(tensor: Tensor, label: str) -> None:
+    """Raise what `quantize` raises for a tensor of another dtype, without values, or with values that are not finite.
+
+    Finite means finite in fp32, in which all formats compute. The error says how many there are and where the first is.
+    """
+    if tensor.dtype not in _FLOAT_DTYPES:
+        raise TypeError(f"{label} has dtype {tensor.dtype}; only fp32, fp16, bf16 and fp64 can be quantized")
+    if tensor.is_meta:
+        raise ValueError(f"{label} is on the meta device and holds no values to quantize: load the weights first")
+    tensor = tensor.detach()
     # One reduction first: the extremes of a tensor are finite exactly when every element is.
-    if not tensor.numel() or torch.stack(torch.aminmax(tensor)).isfinite().all():
+    if not tensor.numel() or torch.stack(torch.aminmax(tensor)).float().isfinite().all():
         return
-    bad = tensor.isfinite().logical_not()
+    bad = tensor.float().isfinite().logical_not()
     first = tuple(int(i) for i in bad.nonzero()[0])
-    kind = "NaN" if bool(tensor[first].isnan()) else "infinity"
+    value = float(tensor[first])
+    kind = "NaN" if math.isnan(value) else "infinity" if math.isinf(value) else f"{value:g}, infinity in fp32,"
     raise ValueError(
         f"{label} holds {int(bad.sum())} values that are not finite (first: {kind} at {list(first)}); it cannot be "
         "quantized. Check the checkpoint, or skip this module with skip_modules."

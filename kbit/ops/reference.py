@@ -8,8 +8,12 @@ from torch import Tensor
 
 from kbit.formats import blocks, double
 from kbit.formats.codebooks import codebook as codebook_table
+from kbit.formats.spec import NESTED_BLOCK_SIZE
 from kbit.ops import choose
 from kbit.ops.schemas import library, tokens
+
+# The most int8 products of 127 * 127 that an int32 sum holds.
+_INT32_K = (2**31 - 1) // 127**2
 
 
 def as_float(scales: Tensor) -> Tensor:
@@ -24,7 +28,7 @@ def block_scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Te
     return double.dequantize_absmax(absmax, as_float(nested_absmax), as_float(nested_offset))
 
 
-def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):  # type: ignore
+def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):
     scales = block_scales(absmax, nested_absmax, nested_offset)
     return blocks.dequantize_4bit(codes, scales, codebook, block_size, shape, dtype)
 
@@ -37,13 +41,13 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     return blocks.dequantize_int8(codes, as_float(absmax), dtype)
 
 
-def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
     shape = (n, x.shape[-1])
     w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, shape, x.dtype)
     return F.linear(x, w, bias)
 
 
-def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
     shape = (grad.shape[-1], k)
     w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, shape, grad.dtype)
     return grad @ w
@@ -52,7 +56,7 @@ def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, c
 def linear_8bit(
     x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float
 ) -> Tensor:
-    if choose.linear_8bit_path(x.device.type, tokens(x)) == "weight_only":
+    if not x.numel() or choose.linear_8bit_path(x.device.type, tokens(x)) == "weight_only":
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
     out = llm_int8(x.reshape(-1, x.shape[-1]), weight, as_float(absmax), outlier_threshold)
     if bias is not None:
@@ -97,7 +101,7 @@ def _outlier_product(x: Tensor, weight: Tensor, absmax: Tensor, columns: Tensor)
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """Exact `a [M, K] @ b [N, K]^T` of int8 values."""
-    if a.device.type == "cpu":
+    if a.device.type == "cpu" and a.shape[1] <= _INT32_K:
         return torch._int_mm(a, b.t())
     # Every product and every partial sum up to K = 2^38 is exact in float64.
     return a.double() @ b.double().t()
@@ -107,40 +111,37 @@ def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tens
     return grad @ dequantize_int8(weight, absmax, grad.dtype)
 
 
-def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):  # type: ignore
+def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):
+    rows = ids.reshape(-1, 1).long()
     if absmax.dim() == 2:  # row layout: gather the rows, then decode as usual
-        rows = ids.reshape(-1)
-        blocks_a_row = absmax.shape[1]
-        scales = absmax[rows]
-        if nested_absmax is not None:
-            position = rows[:, None] * blocks_a_row + torch.arange(blocks_a_row, device=rows.device)
-            scales = _nested_scales(scales, position, nested_absmax, nested_offset)
-        else:
-            scales = as_float(scales)
-        return blocks.dequantize_4bit(weight[rows], scales, codebook, block_size, (*ids.shape, dim), dtype)
+        codes = weight.index_select(0, rows.view(-1))
+        position = rows * absmax.shape[1] + torch.arange(absmax.shape[1], device=rows.device)
+        scales = _gathered_scales(position, absmax, nested_absmax, nested_offset)
+        return blocks.dequantize_4bit(codes, scales, codebook, block_size, (*ids.shape, dim), dtype)
     # Flat layout: a row starts in the middle of a block, or even of a byte. Gather element by element.
-    element = ids.reshape(-1, 1).long() * dim + torch.arange(dim, device=ids.device)
-    byte = weight[element // 2]
+    element = rows * dim + torch.arange(dim, device=ids.device)
+    byte = weight.index_select(0, (element // 2).view(-1)).view(element.shape)
     code = torch.where(element % 2 == 0, byte >> 4, byte & 15)
-    position = element // block_size
-    scales = absmax[position]
-    if nested_absmax is not None:
-        scales = _nested_scales(scales, position, nested_absmax, nested_offset)
-    else:
-        scales = as_float(scales)
+    scales = _gathered_scales(element // block_size, absmax, nested_absmax, nested_offset)
     values = codebook_table(codebook, weight.device)[code.int()]
     return (values * scales).to(dtype).view(*ids.shape, dim)
 
 
-def _nested_scales(codes: Tensor, position: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
-    """fp32 scales from gathered codes and the flat `position` of each among all blocks."""
-    table = codebook_table("dynamic8", codes.device)
-    return table[codes.int()] * as_float(nested_absmax)[position // 256] + as_float(nested_offset)
+def _gathered_scales(
+    position: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
+) -> Tensor:
+    """fp32 scales of the blocks at flat `position` (any shape) among all blocks."""
+    scales = absmax.reshape(-1)[position]
+    if nested_absmax is None or nested_offset is None:
+        return as_float(scales)
+    values = codebook_table("dynamic8", absmax.device)[scales.int()]
+    return values * as_float(nested_absmax)[position // NESTED_BLOCK_SIZE] + as_float(nested_offset)
 
 
 def embedding_8bit(ids: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = ids.reshape(-1)
-    values = dequantize_int8(weight[rows], absmax[rows], dtype)
+    rows = ids.reshape(-1).long()
+    # index_select refuses a negative row, which indexing would count from the end.
+    values = dequantize_int8(weight.index_select(0, rows), absmax.index_select(0, rows), dtype)
     return values.view(*ids.shape, weight.shape[-1])
 
 
@@ -165,4 +166,3 @@ IMPLEMENTATIONS = {
 
 for _name, _function in IMPLEMENTATIONS.items():
     library.impl(_name, _function, "CompositeExplicitAutograd")
-

@@ -26,12 +26,14 @@ SCHEMAS = {
     "dequantize_int8": "(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
     "quantize_dynamic": "(Tensor x, bool signed, int block_size) -> (Tensor, Tensor)",
     "dequantize_dynamic": "(Tensor codes, Tensor absmax, bool signed, int block_size, ScalarType dtype) -> Tensor",
-    "linear_4bit": f"(Tensor x, Tensor weight, {_SCALES}, Tensor? bias, str codebook, int block_size, SymInt n) -> Tensor",
-    "linear_4bit_grad_input": f"(Tensor grad, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt k) -> Tensor",
+    "linear_4bit": f"(Tensor x, Tensor weight, {_SCALES}, Tensor? bias, str codebook, int block_size, SymInt n)"
+    " -> Tensor",
+    "linear_4bit_grad_input": f"(Tensor grad, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt k)"
+    " -> Tensor",
     "linear_8bit": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float outlier_threshold) -> Tensor",
     "linear_8bit_grad_input": "(Tensor grad, Tensor weight, Tensor absmax) -> Tensor",
-    "embedding_4bit": f"(Tensor ids, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt dim, ScalarType dtype)"
-    " -> Tensor",
+    "embedding_4bit": f"(Tensor ids, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt dim,"
+    " ScalarType dtype) -> Tensor",
     "embedding_8bit": "(Tensor ids, Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
 }
 
@@ -39,7 +41,7 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _fake(function):  # type: ignore[no-untyped-def]
+def _fake(function):
     return torch.library.register_fake(f"kbit::{function.__name__}", function, lib=library)
 
 
@@ -51,7 +53,7 @@ def quantize_4bit(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Te
 
 
 @_fake
-def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):  # type: ignore
+def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):
     return codes.new_empty(shape, dtype=dtype)
 
 
@@ -83,38 +85,39 @@ def quantize_dynamic(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, 
 
 
 @_fake
-def dequantize_dynamic(codes, absmax, signed, block_size, dtype):  # type: ignore[no-untyped-def]
+def dequantize_dynamic(codes, absmax, signed, block_size, dtype):
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
 @_fake
-def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
     return x.new_empty((*x.shape[:-1], n))
 
 
 @_fake
-def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
     return grad.new_empty((*grad.shape[:-1], k))
 
 
 @_fake
-def linear_8bit(x, weight, absmax, bias, outlier_threshold):  # type: ignore[no-untyped-def]
-    torch._check(x.shape[-1] == weight.shape[-1], lambda: f"x has {x.shape[-1]} features, the weight {weight.shape[-1]}")
+def linear_8bit(x, weight, absmax, bias, outlier_threshold):
+    k = weight.shape[-1]
+    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight {k}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @_fake
-def linear_8bit_grad_input(grad, weight, absmax):  # type: ignore[no-untyped-def]
+def linear_8bit_grad_input(grad, weight, absmax):
     return grad.new_empty((*grad.shape[:-1], weight.shape[-1]))
 
 
 @_fake
-def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):  # type: ignore
+def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):
     return weight.new_empty((*ids.shape, dim), dtype=dtype)
 
 
 @_fake
-def embedding_8bit(ids, weight, absmax, dtype):  # type: ignore[no-untyped-def]
+def embedding_8bit(ids, weight, absmax, dtype):
     return weight.new_empty((*ids.shape, weight.shape[-1]), dtype=dtype)
 
 
