@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbit.ops import reference  # noqa: F401  (defines and implements the operators)
+from kbit.ops import reference, triton  # noqa: F401  (define and implement the operators; no Triton import yet)
 from kbit.ops.autograd import Linear4bitFunction, Linear8bitFunction
 from kbit.ops.backends import Backend, backends
 from kbit.ops.quantize import dequantize, quantize

@@ -6,7 +6,40 @@ from __future__ import annotations
 # faster (memory bound) and more accurate. Above it, LLM.int8() multiplies in int8.
 WEIGHT_ONLY_TOKENS = 16
 
+# Up to this many tokens Triton decodes the 4-bit weight inside the product. Above it the tensor cores set the time, and
+# decoding once, then multiplying with the vendor's library, is faster.
+TRITON_TOKENS = 64
+TRITON_GRAD_TOKENS = 16
+
 
 def linear_8bit_path(device: str, m: int) -> str:
     """ "weight_only" or "llm_int8" for `m` tokens on a device type."""
     return "weight_only" if m <= WEIGHT_ONLY_TOKENS else "llm_int8"
+
+
+def linear_4bit_path(
+    m: int, n: int, k: int, block_size: int, dtype_bytes: int, capability: tuple[int, int] | None, aligned: bool = True
+) -> str:
+    """How a GPU multiplies `m` tokens with a 4-bit `W [N, K]`: "hopper", "triton" or "dequantize".
+
+    capability: of an NVIDIA GPU on which CUDA C++ can be compiled, else None. aligned: codes and input start on 16-byte
+    boundaries and the input's rows are 16 bytes apart, which Hopper's copy engine demands.
+    """
+    if capability == (9, 0) and aligned and hopper_fits(m, n, k, block_size, dtype_bytes):
+        return "hopper"
+    return "triton" if m <= TRITON_TOKENS else "dequantize"
+
+
+def hopper_fits(m: int, n: int, k: int, block_size: int, dtype_bytes: int) -> bool:
+    """Whether the Hopper kernel can serve a product, and is the fastest way: 16-bit input, row layout, 64-blocks."""
+    return dtype_bytes == 2 and block_size >= 64 and k % block_size == 0 and m <= hopper_tokens(n, k)
+
+
+def hopper_tokens(n: int, k: int) -> int:
+    """Up to how many tokens the Hopper kernel beats decoding once and multiplying with cuBLAS."""
+    return 64
+
+
+def linear_4bit_grad_path(m: int) -> str:
+    """ "triton" or "dequantize" for the gradient's product with `m` tokens."""
+    return "triton" if m <= TRITON_GRAD_TOKENS else "dequantize"

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. Importing this package does not import triton; its modules do."""

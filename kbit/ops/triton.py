@@ -1,0 +1,92 @@
+"""Operators on GPUs: Triton kernels, and CUDA C++ where it is faster. Without Triton the reference serves.
+
+Nothing is imported until an operator first meets a tensor on a GPU, so that `import kbit` stays cheap.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kbit.formats import blocks
+from kbit.ops import choose, cuda, reference
+from kbit.ops.schemas import library, tokens
+
+# torch's name for the kernels of NVIDIA and AMD GPUs, and of Intel's.
+DISPATCH_KEYS = ("CUDA", "XPU")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None where Triton can serve, else the reason in one line."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'kbit[triton]'"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation must not break the operators that do without
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    """The launcher of one operation, or None where the reference has to serve."""
+    if why_not() is not None:
+        return None
+    return getattr(importlib.import_module(f"kbit.kernels.triton.{name}"), name)
+
+
+def quantize_4bit(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    kernel = _kernel("quantize_4bit")
+    if kernel is None:
+        return blocks.quantize_4bit(x, codebook, block_size)
+    return kernel(x, codebook, block_size)
+
+
+def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):  # type: ignore
+    kernel = _kernel("dequantize_4bit")
+    if kernel is None or dtype not in _DTYPES:
+        kernel = reference.dequantize_4bit
+    return kernel(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype)
+
+
+def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    kernel = _kernel("linear_4bit")
+    if kernel is None or x.dtype not in _DTYPES:
+        return reference.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    m, k = tokens(x), x.shape[-1]
+    capability, aligned = cuda.capability(x), cuda.aligned(x, weight)
+    path = choose.linear_4bit_path(m, n, k, block_size, x.element_size(), capability, aligned)
+    if path == "hopper" and m and n:
+        return cuda.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    if path == "triton":
+        return kernel(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, (n, k), x.dtype)
+    return F.linear(x, w, bias)
+
+
+def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+    kernel = _kernel("linear_4bit_grad_input")
+    scales = (absmax, nested_absmax, nested_offset)
+    if kernel is not None and grad.dtype in _DTYPES and choose.linear_4bit_grad_path(tokens(grad)) == "triton":
+        return kernel(grad, weight, *scales, codebook, block_size, k)
+    return grad @ dequantize_4bit(weight, *scales, codebook, block_size, (grad.shape[-1], k), grad.dtype)
+
+
+IMPLEMENTATIONS = {
+    "quantize_4bit": quantize_4bit,
+    "dequantize_4bit": dequantize_4bit,
+    "linear_4bit": linear_4bit,
+    "linear_4bit_grad_input": linear_4bit_grad_input,
+}
+
+for _name, _function in IMPLEMENTATIONS.items():
+    for _key in DISPATCH_KEYS:
+        library.impl(_name, _function, _key)
