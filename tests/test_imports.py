@@ -19,6 +19,7 @@ PACKAGE = ROOT / "kbit"
 # formats <- kernels <- ops <- nn, optim <- checkpoint, plan, eval <- integrations <- cli. A package imports itself and
 # what stands on an earlier line; packages on one line do not import each other.
 RANKS = {
+    "assets": 0,
     "formats": 0,
     "config": 0,
     "assets": 0,

@@ -175,3 +175,9 @@ def _ram() -> tuple[int | None, int | None]:
         if total is not None and limit < total:
             total, free = limit, min(limit, free) if free is not None else None
     return total, free
+
+
+def best_device() -> Device:
+    """Where a model would be put: the first accelerator, or the CPU."""
+    found = devices()
+    return found[1] if len(found) > 1 else found[0]

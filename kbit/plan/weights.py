@@ -1,0 +1,87 @@
+"""Exact bytes of a model's weights in each format, from its skeleton: what `kbit.quantize_model` would make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import nn
+
+from kbit.config import KbitConfig
+from kbit.nn.convert import model_memory, weight_of
+from kbit.nn.select import is_linear, select_modules
+
+# In the order of quality; "bf16" is the model as it is loaded, unquantized.
+FORMATS = ("bf16", "int8", "nf4-plain", "nf4", "fp4-plain", "fp4")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightPlan:
+    """Bytes of a model's weights in one format.
+
+    quantized: codes and all scales of the quantized layers. other: what stays in floating point (embeddings, output
+    head, norms, biases). buffers: registered buffers. replaced: bytes that the quantized layers' weights took before.
+    largest: bytes of the largest of those, which a slow path dequantizes as a whole.
+    """
+
+    format: str
+    quantized: int
+    other: int
+    buffers: int
+    replaced: int
+    largest: int
+    modules: int
+
+    @property
+    def total(self) -> int:
+        return self.quantized + self.other + self.buffers
+
+    @property
+    def ratio(self) -> float:
+        """Quantized layers now over before; 1 where nothing is quantized."""
+        return self.quantized / self.replaced if self.replaced else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "total": self.total}
+
+
+def plan_weights(model: nn.Module, config: KbitConfig | str | None) -> WeightPlan:
+    """Bytes of `model`, which may be on the meta device, once quantized.
+
+    config: a KbitConfig, a format name such as "nf4-plain", or None or "bf16" for the model as it is. The modules are
+    those that `kbit.quantize_model` selects; tied weights count once.
+    """
+    memory = model_memory(model)
+    if config is None or config == "bf16":
+        return WeightPlan("bf16", 0, memory.quantized + memory.other, memory.buffers, 0, 0, 0)
+    if isinstance(config, str):
+        config = KbitConfig.from_format(config)
+    fmt = config.weight_format
+    selected = select_modules(model, config)
+    seen: set[int] = set()
+    quantized = replaced = largest = 0
+    for module in selected.values():
+        # A tied weight on the meta device is one Parameter under two names.
+        if id(module.weight) in seen:
+            continue
+        seen.add(id(module.weight))
+        weight = weight_of(module) if is_linear(module) else module.weight
+        quantized += fmt.nbytes(weight.shape)  # type: ignore[union-attr, arg-type]
+        before = weight.nbytes  # type: ignore[union-attr]
+        replaced += before  # type: ignore[operator]
+        largest = max(largest, before)  # type: ignore[type-var, assignment, arg-type]
+    other = memory.other - replaced
+    return WeightPlan(fmt.label, memory.quantized + quantized, other, memory.buffers, replaced, largest, len(selected))
+
+
+def linear_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """`(N, K)` of every linear layer that is quantized by default: those that a LoRA adapter goes onto."""
+    selected = select_modules(model, KbitConfig())
+    shapes = [tuple(weight_of(module).shape) for module in selected.values() if is_linear(module)]
+    return [(n, k) for n, k in shapes]
+
+
+def parameter_sizes(model: nn.Module) -> list[int]:
+    """Elements of every floating point Parameter, a tied one once."""
+    return [math.prod(p.shape) for p in model.parameters() if p.is_floating_point()]
