@@ -1,0 +1,76 @@
+"""`kbit demo`: the model that ships with kbit, in every format, in one table and one page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kbit.cli.app import app
+from kbit.cli.common import parse_formats, print_json
+
+FORMATS = "bf16,int8,nf4,nf4-plain,fp4"
+PROMPT = "The following example shows how to"
+NEW_TOKENS = 40
+# Tokens of the held-out text that are scored: all of a long enough slice, and a short one for CI.
+TOKENS = 32_768
+QUICK_TOKENS = 4_096
+OUTLIER_TOKENS = 8_192
+OUTLIER_COUNT, OUTLIER_EXPONENT = 2, 5
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A short slice of the text: about half a minute.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("kbit-demo"),
+    formats: Annotated[str, typer.Option(help="Formats to compare, by comma.")] = FORMATS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Load the shipped model in every format, compare size, quality and speed, and write report.html."""
+    names = parse_formats(formats)
+    from kbit.eval import report as pages
+
+    pages.require()
+    target = output / "report.html"
+    pages.check_target(target)
+
+    from kbit.assets import heldout_text
+    from kbit.cli import comparison
+    from kbit.cli.models import load_tokenizer, open_source, read_text
+    from kbit.eval import encode
+
+    started = time.perf_counter()
+    source = open_source("demo")
+    tokenizer = load_tokenizer(source)
+    ids = encode(tokenizer, read_text(heldout_text()))
+    limit = QUICK_TOKENS if quick else TOKENS
+    rows = comparison.compare(source, names, tokenizer, ids, prompt=PROMPT, new_tokens=NEW_TOKENS, max_tokens=limit)
+    outliers = comparison.outliers(
+        source, ids, OUTLIER_COUNT, OUTLIER_EXPONENT, max_tokens=min(limit, OUTLIER_TOKENS)
+    )
+
+    parameters = rows[0].bytes / rows[0].ratio / 2e6
+    page = pages.Report(
+        title="One language model in 16, 8 and 4 bits",
+        rows=rows,
+        outliers=outliers,
+        outlier_note=comparison.OUTLIER_NOTE.format(count=OUTLIER_COUNT, scale=2**OUTLIER_EXPONENT),
+        prompt=PROMPT,
+        settings={
+            "model": f"the model that ships with kbit: Llama architecture, {parameters:.1f} M parameters",
+            "text": "held-out text that ships with kbit; the model has not seen it",
+            **comparison.settings(rows[0]),
+            "with outlier features": f"{outliers[0].tokens:,} tokens scored",
+        },
+        command="kbit demo" + (" --quick" if quick else "") + ("" if formats == FORMATS else f" --formats {formats}"),
+        **comparison.provenance(),
+    )
+    pages.write_report(page, target)
+    if as_json:
+        print_json({**comparison.to_json("demo", rows, outliers), "report": str(target)})
+        return
+    comparison.print_rows(rows, f"the shipped model ({parameters:.1f} M parameters) on {rows[0].tokens:,} held-out tokens")
+    comparison.print_outliers(outliers)
+    print(f"report: {target}  ({time.perf_counter() - started:.0f} s)")
