@@ -37,6 +37,9 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
 def test_samples_of_page_run(page: Path, tmp_path: Path) -> None:
     """One process a page; `compile` keeps the page's name and lines in tracebacks."""
     program = ["import subprocess, sys"]
+    # Texts of the reader's own that a page names.
+    for name in ("held-out.txt", "manual.txt"):
+        (tmp_path / name).write_text((ROOT / "kbit/assets/heldout.txt").read_text(encoding="utf-8")[:20_000])
     for language, code, line in blocks(page):
         if language == "python":
             program.append(f"exec(compile({chr(10) * (line - 1) + code!r}, {str(page)!r}, 'exec'))")
