@@ -104,7 +104,7 @@ def inference_activations(shape: ModelShape, context: int, batch: int, workspace
 
     workspace: bytes of the largest weight that is dequantized as a whole for products of many tokens.
     """
-    attention = 2 * (shape.hidden + 2 * shape.kv) * 2 + 2 * shape.hidden
+    attention = 2 * (shape.query + 2 * shape.kv) * 2 + 2 * shape.query
     mlp = 2 * shape.intermediate * (3 if shape.gated_mlp else 2)
     norm = 8 * shape.hidden  # computed in fp32
     token = 4 * shape.hidden + max(attention, mlp, norm)
@@ -144,17 +144,17 @@ def training_activations(
 def layer_activations(shape: ModelShape, context: int, adapters: Sequence[tuple[int, int]] = (), rank: int = 0) -> int:
     """Bytes that autograd saves for one token in one layer, on average over the layers."""
     hidden, inner = shape.hidden, shape.intermediate
-    attention = 2 * (hidden + 2 * shape.kv) + 2 * hidden + 4 * shape.heads  # q, k, v, the output, log-sum-exp
+    attention = 2 * (shape.query + 2 * shape.kv) + 2 * shape.query + 4 * shape.heads  # q, k, v, the output, log-sum-exp
     if shape.eager:
         attention += 8 * shape.heads * context  # scores in 16 bits, softmax in fp32 and in 16 bits
     if not adapters:
         # A norm saves what it normalizes and its result, which the linear layers behind it save too.
         norms = shape.norms * shape.norm_bytes * hidden
-        norms += (shape.norm_bytes - 2) * (hidden + shape.kv) if shape.qk_norm else 0
+        norms += (shape.norm_bytes - 2) * (shape.query + shape.kv) if shape.qk_norm else 0
         return attention + norms + 2 * shape.mlp_saved * inner
     # Frozen weights need no input saved, and a frozen norm no result. But every adapter keeps its own fp32 copy of its
     # input (its weights are fp32), and the product with A.
-    norms = shape.norm_bytes // 2 * (shape.norms * hidden + (hidden + shape.kv if shape.qk_norm else 0))
+    norms = shape.norm_bytes // 2 * (shape.norms * hidden + (shape.query + shape.kv if shape.qk_norm else 0))
     mlp = 2 * (shape.mlp_saved if shape.relu else shape.mlp_saved - 1) * inner
     return attention + norms + mlp + sum(4 * k + 4 * rank for _, k in adapters) // shape.layers
 

@@ -26,7 +26,8 @@ class Attention:
 class ModelShape:
     """The sizes of a transformer that its activations and caches depend on.
 
-    hidden, intermediate: features of the residual stream and inside one MLP. kv: features of K (and of V) in a layer.
+    hidden, intermediate: features of the residual stream and inside one MLP. query, kv: features of Q, and of K (and of V), in
+        a layer.
     norms: norms over the hidden features in one layer. norm_bytes: what one saves for backward per feature: 8 for
         RMSNorm, which transformers computes in fp32, 4 else. qk_norm: queries and keys are normed too.
     mlp_saved: 16-bit values per inner feature that an MLP saves for backward. relu: its activation is a plain ReLU.
@@ -38,6 +39,7 @@ class ModelShape:
     hidden: int
     intermediate: int
     heads: int
+    query: int
     kv: int
     vocab: int
     gated_mlp: bool
@@ -89,8 +91,10 @@ def from_pretrained(source: str, dtype: torch.dtype = torch.bfloat16) -> Skeleto
 
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except KeyError as error:
-        raise ValueError(f"{source}: its config.json lacks {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged config.json fails in as many ways as there are models
+        raise ValueError(f"{source}: its config.json cannot be read: {_brief(error)}") from error
     # A checkpoint that is quantized already is planned as the model that it came from.
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -99,8 +103,8 @@ def from_pretrained(source: str, dtype: torch.dtype = torch.bfloat16) -> Skeleto
     try:
         with torch.device("meta"):
             model = cls._from_config(config, dtype=dtype)
-    except (KeyError, TypeError, ZeroDivisionError, AttributeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{source}: its config.json does not describe a {cls.__name__} ({error})") from None
+    except Exception as error:
+        raise ValueError(f"{source}: its config.json describes no {cls.__name__}: {_brief(error)}") from error
     finally:
         torch.set_default_dtype(default)
     model.tie_weights()
@@ -108,6 +112,11 @@ def from_pretrained(source: str, dtype: torch.dtype = torch.bfloat16) -> Skeleto
     causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     loader = "AutoModelForCausalLM" if cls.__name__ in causal else cls.__name__
     return Skeleton(model, shape_of(config, model), source, loader, dtype)
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _model_class(config: Any) -> Any:
@@ -188,6 +197,7 @@ def shape_of(config: Any, model: nn.Module) -> ModelShape:
         hidden=hidden,
         intermediate=intermediate,
         heads=heads,
+        query=heads * head_dim,
         kv=kv_heads * head_dim,
         vocab=_first(text, "vocab_size", default=0),
         gated_mlp=gated,
@@ -295,6 +305,7 @@ def from_params(parameters: int, dtype: torch.dtype = torch.bfloat16) -> Skeleto
         hidden=hidden,
         intermediate=width,
         heads=max(1, hidden // _HEAD_DIM),
+        query=hidden,
         kv=kv,
         vocab=vocab,
         gated_mlp=True,

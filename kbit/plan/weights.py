@@ -10,7 +10,7 @@ from torch import nn
 
 from kbit.config import KbitConfig
 from kbit.nn.convert import model_memory, weight_of
-from kbit.nn.select import is_linear, select_modules
+from kbit.nn.select import is_linear, output_heads, select_modules
 
 # In the order of quality; "bf16" is the model as it is loaded, unquantized.
 FORMATS = ("bf16", "int8", "nf4-plain", "nf4", "fp4-plain", "fp4")
@@ -76,10 +76,10 @@ def plan_weights(model: nn.Module, config: KbitConfig | str | None) -> WeightPla
 
 
 def linear_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """`(N, K)` of every linear layer that is quantized by default: those that a LoRA adapter goes onto."""
-    selected = select_modules(model, KbitConfig())
-    shapes = [tuple(weight_of(module).shape) for module in selected.values() if is_linear(module)]
-    return [(n, k) for n, k in shapes]
+    """`(N, K)` of every linear layer but the output head: what PEFT's "all-linear" puts LoRA adapters onto."""
+    heads = output_heads(model)
+    linears = [module for module in model.modules() if is_linear(module) and module not in heads]
+    return [(n, k) for n, k in (weight_of(module).shape for module in linears)]
 
 
 def parameter_sizes(model: nn.Module) -> list[int]:
