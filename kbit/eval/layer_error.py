@@ -60,7 +60,7 @@ def layer_errors(model: nn.Module, config: KbitConfig) -> list[LayerError]:
     errors = []
     for name, module in select_modules(model, config).items():
         weight = weight_of(module)
-        approximation = quantize(weight, config.weight_format, name=f"{name}.weight").dequantize()
+        approximation = quantize(weight, config.weight_format, name=f"{name}.weight").dequantize(torch.float32)
         errors.append(LayerError(name, relative_error(weight, approximation), weight.numel()))
     return errors
 

@@ -128,6 +128,7 @@ def size_plot(rows: Sequence[FormatResult], theme: str) -> str:
     if not rows:
         return ""
     figure, axes = _figure(theme)
+    baseline = next((row for row in rows if row.format == BASELINE), None)
     for row in rows:
         color, marker = _style(row.format, theme)
         x = row.bytes / 1e6
@@ -139,13 +140,13 @@ def size_plot(rows: Sequence[FormatResult], theme: str) -> str:
         axes.annotate(
             row.format,
             (row.bytes / 1e6, row.perplexity),
-            xytext=(9, 0) if side == "right" else (-9, 0),
+            # Above the dashed line of bf16, not through it.
+            xytext=(9 if side == "right" else -9, 9 if _on_baseline(row, baseline, high - low) else 0),
             textcoords="offset points",
             ha="left" if side == "right" else "right",
             va="center",
             color=_INK[theme],
         )
-    baseline = next((row for row in rows if row.format == BASELINE), None)
     if baseline is not None:
         axes.axhline(baseline.perplexity, color=_style(BASELINE, theme)[0], linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     axes.set_xlabel("weights, MB")
@@ -181,6 +182,10 @@ def error_plot(rows: Sequence[FormatResult], theme: str) -> str:
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(measured), frameon=False, labelcolor=_INK[theme]
     )
     return _image(figure)
+
+
+def _on_baseline(row: FormatResult, baseline: FormatResult | None, span: float) -> bool:
+    return baseline is not None and abs(row.perplexity - baseline.perplexity) <= 0.05 * span
 
 
 def _label_sides(rows: Sequence[FormatResult]) -> list[str]:
@@ -223,7 +228,7 @@ def _figure(theme: str) -> tuple[Any, Any]:
     axes.patch.set_alpha(0.0)
     axes.grid(True, axis="y", color=_GRID[theme], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=ink, labelsize=9, length=0)
+    axes.tick_params(which="both", colors=ink, labelsize=9, length=0)
     axes.xaxis.label.set_color(ink)
     axes.yaxis.label.set_color(ink)
     for side, spine in axes.spines.items():
