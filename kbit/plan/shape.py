@@ -26,8 +26,8 @@ class Attention:
 class ModelShape:
     """The sizes of a transformer that its activations and caches depend on.
 
-    hidden, intermediate: features of the residual stream and inside one MLP. query, kv: features of Q, and of K (and of V), in
-        a layer.
+    hidden, intermediate: features of the residual stream and inside one MLP.
+    query, kv: features of Q, and of K (and of V), in a layer.
     norms: norms over the hidden features in one layer. norm_bytes: what one saves for backward per feature: 8 for
         RMSNorm, which transformers computes in fp32, 4 else. qk_norm: queries and keys are normed too.
     mlp_saved: 16-bit values per inner feature that an MLP saves for backward. relu: its activation is a plain ReLU.
