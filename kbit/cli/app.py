@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
     KBIT_DEBUG=1 lets exceptions through with their traceback.
     """
     debug = os.environ.get("KBIT_DEBUG", "") not in ("", "0")
-    if not debug:
+    if not debug and list(argv[:1]) != ["run"]:  # what libraries say is then the script's to see
         _quiet_libraries()
     load_commands()
     try:

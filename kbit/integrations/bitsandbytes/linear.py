@@ -43,6 +43,12 @@ def weight_state(module: Any) -> QuantState:
     return module.quant_state
 
 
+@lives_in("bitsandbytes.nn.modules")
+def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
+    """Give the weight of a 4-bit module its state back where FSDP dropped it."""
+    weight_state(module)
+
+
 def save_state(module: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
     """Add the state of a quantized 4-bit weight to a state dict, under bitsandbytes' keys."""
     state = getattr(module.weight, "quant_state", None)

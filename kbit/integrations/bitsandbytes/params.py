@@ -20,7 +20,7 @@ from kbit.integrations.bitsandbytes.codes import default_device
 from kbit.integrations.bitsandbytes.identity import lives_in
 from kbit.integrations.bitsandbytes.matmul import fp16_for_codes
 from kbit.integrations.bitsandbytes.quant_state import QuantState
-from kbit.ops.quantize import check_finite
+from kbit.ops.quantize import check_quantizable
 
 _raw_data = torch.Tensor.data  # type: ignore[attr-defined]
 
@@ -154,7 +154,7 @@ class Params4bit(_MovedByName):
 
     def _quantize(self, device: torch.device | str | int) -> Params4bit:
         weight = _raw_data.__get__(self).to(device)
-        check_finite(weight, "this 4-bit weight")
+        check_quantizable(weight, "this 4-bit weight")
         packed, self.quant_state = quantize_4bit(
             weight,
             blocksize=self.blocksize,
@@ -299,7 +299,7 @@ class Int8Params(_MovedByName):
 
     def _quantize(self, device: torch.device | str | int) -> Int8Params:
         weight = self.data.to(device)
-        check_finite(weight, "this int8 weight")
+        check_quantizable(weight, "this int8 weight")
         codes, scales = torch.ops.kbit.quantize_int8(fp16_for_codes(weight))
         self.requires_grad = False
         self.data = codes

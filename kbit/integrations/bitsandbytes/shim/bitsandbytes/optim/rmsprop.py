@@ -1,0 +1,5 @@
+"""bitsandbytes.optim.rmsprop, by kbit."""
+
+from kbit.integrations.bitsandbytes.optim import RMSprop, RMSprop8bit, RMSprop32bit
+
+__all__ = ["RMSprop", "RMSprop8bit", "RMSprop32bit"]
