@@ -1,0 +1,135 @@
+"""A batch: tensors of one group that one kernel call can advance, and the ways to advance it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kbit.optim import rules, state
+from kbit.optim.rounding import round_to
+
+TABLE_COLUMNS = 14
+
+
+@dataclass
+class Item:
+    """One parameter of a batch. Tensors are local (a shard, for a sharded parameter)."""
+
+    p: Tensor
+    g: Tensor
+    state: dict[str, Any]
+    seed: int
+    # Where a non-contiguous parameter is copied back to after the step.
+    target: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Items that share device, dtypes, settings and kind of states."""
+
+    name: str  # algorithm, for rules.scalars
+    rule: rules.Rule
+    config: dict[str, Any]
+    bits8: bool
+    items: list[Item]
+
+    @property
+    def kahan(self) -> bool:
+        return bool(self.config["kahan"]) and self.items[0].p.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(self.config["stochastic_rounding"]) and self.items[0].p.dtype == torch.bfloat16
+
+    def scalars(self, item: Item) -> rules.Scalars:
+        """Scalars of an item's next step; advances its step count. Reads the count on the host."""
+        item.state["step"] += 1
+        count = int(item.state["step"].item())
+        values = rules.scalars(self.name, self.rule, self.config, float(self.config["lr"]), count)
+        return values._replace(step=float(count))
+
+
+def step_plain(batch: Batch) -> None:
+    """Advance a batch with plain torch operations, on any device."""
+    for item in batch.items:
+        h = batch.scalars(item)
+        if item.p.numel() == 0:
+            continue
+        _step_item(batch, item, h)
+
+
+def _step_item(batch: Batch, item: Item, h: rules.Scalars) -> None:
+    rule, states = batch.rule, item.state
+    dtype = torch.float64 if item.p.dtype == torch.float64 else torch.float32
+    p, g = item.p.to(dtype), item.g.to(dtype)
+    if batch.kahan:
+        p = p + states["compensation"].to(dtype)
+    drop = g == 0 if batch.config["skip_zeros"] else torch.zeros_like(g, dtype=torch.bool)
+    old = [state.read(states, spec, p.device) for spec in rule.states]
+    scale = 1.0
+    if rule.norm == rules.LARS_TRUST:
+        finite = g.masked_fill(~g.isfinite(), 0.0) if batch.bits8 else g
+        trust = rules.trust_scale(rule.norm, rules.norm(p), rules.norm(finite), h)
+        g, h = torch.add(g, p, alpha=h.l2) * trust, h._replace(l2=0.0)
+    new, direction = rules.advance(rule, p, g, old, h)
+    if batch.bits8:
+        # 8-bit codes cannot hold infinity or NaN: such an element is left alone, its block is not harmed.
+        for values in new:
+            drop = drop | ~values.isfinite()
+    if rule.norm in (rules.CAP, rules.LAMB_TRUST):
+        update = rules.norm(direction.masked_fill(drop, 0.0))
+        scale = rules.trust_scale(rule.norm, rules.norm(p), update, h)
+    moved = torch.where(drop, p, rules.apply(p, direction, h, scale))
+    for spec, before, after in zip(rule.states, old, new, strict=True):
+        state.write(states, spec, torch.where(drop, before, after.to(before.dtype)))
+    rounded = round_to(moved, item.p.dtype, item.seed, int(h.step)) if batch.stochastic else moved.to(item.p.dtype)
+    if batch.kahan:
+        states["compensation"].copy_(moved - rounded.to(dtype))
+    (item.target if item.target is not None else item.p).copy_(rounded)
+
+
+def step_native(batch: Batch) -> None:
+    """Advance a batch of CPU tensors with the compiled kernel, in one call."""
+    from kbit.kernels.cpu import optim as kernel
+
+    rows: dict[rules.Scalars, int] = {}
+    table = np.zeros((len(batch.items), TABLE_COLUMNS), dtype=np.int64)
+    for index, item in enumerate(batch.items):
+        row = rows.setdefault(batch.scalars(item), len(rows))
+        table[index] = table_row(batch, item)
+        table[index, 9] = row
+    kernel.step(
+        table,
+        np.array(list(rows), dtype=np.float32),
+        algorithm=batch.rule.algorithm,
+        flags=batch.rule.flags,
+        decay_in_direction=batch.rule.decay == rules.IN_DIRECTION,
+        norm=batch.rule.norm,
+        bits8=batch.bits8,
+        skip_zeros=bool(batch.config["skip_zeros"]),
+        p_dtype=batch.items[0].p.dtype,
+        g_dtype=batch.items[0].g.dtype,
+        stochastic=batch.stochastic,
+        kahan=batch.kahan,
+    )
+    for item in batch.items:
+        if item.target is not None:
+            item.target.copy_(item.p)
+
+
+def table_row(batch: Batch, item: Item) -> list[int]:
+    """The addresses of an item: p, g, 3 states, 3 absmax, count, scalars row, step, compensation, seed, 0."""
+    values, scales = [0, 0, 0], [0, 0, 0]
+    for slot, spec in enumerate(batch.rule.states):
+        values[slot] = item.state[spec.name].data_ptr()
+        if batch.bits8:
+            scales[slot] = item.state[state.absmax_key(spec.name)].data_ptr()
+    compensation = item.state["compensation"].data_ptr() if batch.kahan else 0
+    step = item.state["step"].data_ptr()
+    return [
+        item.p.data_ptr(), item.g.data_ptr(), *values, *scales, item.p.numel(), 0, step, compensation, item.seed, 0
+    ]  # fmt: skip

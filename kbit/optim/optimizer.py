@@ -1,0 +1,265 @@
+"""The one step loop behind every optimizer: torch.optim.Optimizer's contract, with states of 8 or 32 bits.
+
+A step sorts a group's parameters into batches that one kernel call can advance, and runs each batch with Triton on a
+GPU, compiled C++ on a CPU, or plain torch elsewhere. All three follow kbit/optim/rules.py.
+
+Gradients that are not finite: with 32-bit states an element becomes what torch.optim makes of it (NaN), with 8-bit
+states an element whose new state would not be finite keeps its value and its state. No other element is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbit.optim import state as states
+from kbit.optim.batch import Batch, Item, step_native, step_plain
+from kbit.optim.checkpoint import load_groups, load_state
+from kbit.optim.rules import Rule, rule_for
+
+# What the constructor decides, and a checkpoint does not change.
+STRUCTURE = ("optim_bits", "min_8bit_size", "is_paged", "stochastic_rounding", "kahan")
+
+
+class KbitOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here.
+
+    optim_bits: 32 or 8. min_8bit_size: parameters with fewer elements have 32-bit states. is_paged: states of large
+    parameters live in pinned host memory. max_unorm: cap of |update| / |parameter|, 0 for none. skip_zeros: elements
+    whose gradient is exactly 0 are left alone, states too. stochastic_rounding, kahan: how bf16 parameters keep what
+    rounding would lose. args: an object with any of `optim_bits`, `min_8bit_size`, `max_unorm`, `skip_zeros` as
+    attributes, as bitsandbytes takes it. Every setting is a key of its parameter group, so groups may differ.
+    Raises ValueError for a setting out of range.
+    """
+
+    algorithm: str = ""
+    # Set by the classes whose name says so.
+    forced_bits: int | None = None
+    forced_paging: bool | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        max_unorm: float = 0.0,
+        skip_zeros: bool = False,
+        stochastic_rounding: bool = False,
+        kahan: bool = False,
+        args: Any = None,
+    ) -> None:
+        structure: dict[str, Any] = {
+            "optim_bits": optim_bits,
+            "min_8bit_size": min_8bit_size,
+            "max_unorm": max_unorm,
+            "skip_zeros": skip_zeros,
+        }
+        if args is not None:
+            structure |= {key: getattr(args, key) for key in structure if hasattr(args, key)}
+        if self.forced_bits is not None:
+            structure["optim_bits"] = self.forced_bits
+        structure["is_paged"] = is_paged if self.forced_paging is None else self.forced_paging
+        structure |= {"stochastic_rounding": stochastic_rounding, "kahan": kahan}
+        self._overrides: dict[Tensor, dict[str, Any]] = {}
+        self._plans: dict[Any, Any] = {}
+        #: "auto", or "torch", "native" (compiled C++), "triton" to insist on one.
+        self.backend = "auto"
+        super().__init__(params, {**defaults, **structure})
+
+    # -- settings ---------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; settings that it does not name are the constructor's."""
+        super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1])
+            for p in self.param_groups[-1]["params"]:
+                if not p.is_floating_point():
+                    raise ValueError(f"{type(self).__name__} optimizes floating-point parameters, not {p.dtype}")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def override(self, target: Tensor | nn.Module | Iterable[Tensor], **config: Any) -> None:
+        """Give some parameters their own settings, for example `opt.override(model.embed, optim_bits=32)`.
+
+        target: a parameter, several, or a module (all its parameters). config: any keys of a parameter group. Works
+        at any time; existing states are converted. Not part of the state dict: call it again after constructing.
+        Raises ValueError for an unknown key and for a parameter that this optimizer does not have.
+        """
+        if unknown := sorted(set(config) - set(self.defaults)):
+            raise ValueError(f"unknown settings {unknown}; known: {sorted(self.defaults)}")
+        if isinstance(target, nn.Module):
+            chosen = [p for p in target.parameters() if p.requires_grad]
+        else:
+            chosen = [target] if isinstance(target, Tensor) else list(target)
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for p in chosen:
+            if p not in groups:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} does not belong to this optimizer")
+            wanted = {**self._overrides.get(p, {}), **config}
+            _check({**groups[p], **wanted})
+            self._overrides[p] = wanted
+        self._plans.clear()
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Advance every parameter that has a gradient.
+
+        closure: re-evaluates the model and returns the loss, which is returned. Raises RuntimeError for sparse
+        gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._run()
+        return loss
+
+    @torch._disable_dynamo
+    def _run(self) -> None:
+        seed = 0
+        for number, group in enumerate(self.param_groups):
+            batches: dict[Any, Batch] = {}
+            for p in group["params"]:
+                seed += 1
+                if p.grad is None:
+                    continue
+                config = group if p not in self._overrides else {**group, **self._overrides[p]}
+                own = id(p) if config is not group else 0
+                self._add(batches, p, config, seed, own)
+            for key, batch in batches.items():
+                self._dispatch(batch, (number, key))
+
+    def _add(self, batches: dict[Any, Batch], p: Tensor, config: dict[str, Any], seed: int, own: int) -> None:
+        """Put a parameter into the batch of its kind."""
+        grad = p.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
+                "build the embedding with sparse=False"
+            )
+        rule = self._rule(config, p)
+        state = self._state_of(p, config, rule)
+        bits8 = bool(rule.states) and state[rule.states[0].name].dtype == torch.uint8
+        local, local_grad = _local(p), _local(grad)
+        target = None
+        if not local.is_contiguous():
+            target, local = local, local.contiguous()
+        item = Item(local, local_grad.contiguous(), _local_state(state), seed, target)
+        paged = bool(rule.states) and state[rule.states[0].name].device != p.device
+        key = (p.device, p.dtype, grad.dtype, bits8, paged, rule, own)
+        if key not in batches:
+            batches[key] = Batch(self.algorithm, rule, config, bits8, [])
+        batches[key].items.append(item)
+
+    def _rule(self, config: dict[str, Any], p: Tensor) -> Rule:
+        return rule_for(self.algorithm, config)
+
+    def _state_of(self, p: Tensor, config: dict[str, Any], rule: Rule) -> dict[str, Any]:
+        """The states of a parameter in the containers that its settings ask for."""
+        state = self.state[p]
+        bits8, paged = states.wants_8bit(p.numel(), config), states.wants_paging(p, config)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for spec in rule.states:
+            if spec.name not in state:
+                fill = float(config.get("initial_accumulator_value", 0.0)) if spec.name == "sum" else 0.0
+                states.create(state, spec, p, bits8, paged, fill)
+            elif (state[spec.name].dtype == torch.uint8) != bits8 or (state[spec.name].device != p.device) != paged:
+                states.convert(state, spec, p, bits8, paged)
+        if config["kahan"] and "compensation" not in state and p.dtype in (torch.bfloat16, torch.float16):
+            state["compensation"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        return state
+
+    def _dispatch(self, batch: Batch, key: Any) -> None:
+        backend = self.backend if self.backend != "auto" else _choose(batch)
+        if backend == "triton":
+            from kbit.optim.gpu import step_triton
+
+            step_triton(batch, self._plans, key)
+        elif backend == "native":
+            step_native(batch)
+        else:
+            step_plain(batch)
+
+    # -- saving and loading -----------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, exactly; also checkpoints of bitsandbytes and torch.optim.
+
+        States take the containers that this optimizer was constructed for: an 8-bit checkpoint loads into a 32-bit
+        optimizer and the reverse. Raises ValueError where groups, names or shapes do not fit.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            if (changed := hook(self, state_dict)) is not None:
+                state_dict = changed
+        groups = load_groups(self, state_dict, STRUCTURE)
+        loaded = load_state(self, state_dict, groups)
+        for group, new in zip(self.param_groups, groups, strict=True):
+            group.clear()
+            group.update(new)
+        self.state.clear()
+        self.state.update(loaded)
+        self._plans.clear()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_overrides", {})
+        self.__dict__.setdefault("_plans", {})
+        self.__dict__.setdefault("backend", "auto")
+
+
+def _local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor, without autograd."""
+    return x.detach()
+
+
+def _local_state(state: dict[str, Any]) -> dict[str, Any]:
+    return state
+
+
+def _choose(batch: Batch) -> str:
+    """The fastest way to advance a batch."""
+    p, g = batch.items[0].p, batch.items[0].g
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if p.dtype not in dtypes or g.dtype not in dtypes:
+        return "torch"
+    if p.is_cuda:
+        from kbit.optim.gpu import triton_available
+
+        return "triton" if triton_available() else "torch"
+    if p.device.type == "cpu":
+        from kbit.kernels.cpu import optim as native
+
+        return "native" if native.available() else "torch"
+    return "torch"
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Raise ValueError for a setting out of range, naming it."""
+    if not isinstance(config["lr"], Tensor) and not config["lr"] >= 0.0:
+        raise ValueError(f"invalid learning rate: {config['lr']}")
+    for key in ("eps", "weight_decay", "max_unorm", "momentum", "lr_decay", "initial_accumulator_value"):
+        if key in config and not config[key] >= 0.0:
+            raise ValueError(f"invalid {key}: {config[key]} (must be 0 or more)")
+    for index, beta in enumerate(config.get("betas", ())):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"invalid beta parameter at index {index}: {beta} (must be in [0, 1))")
+    if config["optim_bits"] not in (8, 32):
+        raise ValueError(f"optim_bits must be 8 or 32, not {config['optim_bits']}")
+    if config["stochastic_rounding"] and config["kahan"]:
+        raise ValueError("stochastic_rounding and kahan exclude each other: choose one")
+    if config["stochastic_rounding"] and any(p.dtype == torch.float16 for p in config["params"]):
+        raise ValueError("stochastic_rounding is for bfloat16 parameters; use kahan=True for float16")

@@ -1,0 +1,105 @@
+"""Containers of optimizer states: fp32, 8-bit blocks, and either of them paged to pinned host memory.
+
+A parameter's states are plain tensors in `optimizer.state[p]`, shaped like the parameter, so that every tool that
+saves or moves optimizers can handle them:
+
+    step                      fp32 scalar on the parameter's device
+    exp_avg                   fp32, or uint8 codes of the dynamic map
+    exp_avg_absmax            fp32 [ceil(n / 256)], only beside codes
+    compensation              the parameter's dtype, only with Kahan compensation
+
+Blocks of 256 run over the parameter's row-major order, whatever its memory layout. First moments use the signed map,
+second moments the unsigned one ("8-bit Optimizers via Block-wise Quantization", Dettmers et al. 2021,
+arXiv 2110.02861): 1 + 4/256 bytes an element and state, 2.03 bytes a parameter for Adam.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbit.formats.blocks import dequantize_dynamic, quantize_dynamic
+from kbit.formats.codebooks import codebook
+from kbit.optim.rules import StateSpec
+
+BLOCK_SIZE = 256
+# Below this many elements a paged optimizer keeps states on the device: the transfer would cost more than it saves.
+MIN_PAGED_SIZE = 100_000
+# Smaller magnitudes are stored as zero: a block scaled by a subnormal absmax decodes differently on some devices.
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def absmax_key(name: str) -> str:
+    return f"{name}_absmax"
+
+
+def codebook_name(signed: bool) -> str:
+    return "dynamic8" if signed else "dynamic8-unsigned"
+
+
+def wants_8bit(count: int, config: dict[str, Any]) -> bool:
+    """Whether a parameter of `count` elements (its full size, not a shard's) has 8-bit states."""
+    return config["optim_bits"] == 8 and count >= config["min_8bit_size"]
+
+
+def wants_paging(p: Tensor, config: dict[str, Any]) -> bool:
+    return bool(config["is_paged"]) and p.is_cuda and p.numel() >= MIN_PAGED_SIZE
+
+
+def create(state: dict[str, Any], spec: StateSpec, like: Tensor, bits8: bool, paged: bool, fill: float = 0.0) -> None:
+    """Add one state tensor, filled with a value, shaped like `like`."""
+    place: dict[str, Any] = {"pin_memory": True} if paged else {"device": like.device}
+    dtype = torch.uint8 if bits8 else torch.float32
+    values = torch.empty(like.shape, dtype=dtype, **place)
+    if not bits8:
+        state[spec.name] = values.fill_(fill)
+        return
+    # A block of equal positive values has absmax that value and the code of 1.0; one of zeros the code of 0.
+    code = 255 if fill else int(codebook(codebook_name(spec.signed), "cpu", "zero_code"))
+    state[spec.name] = values.fill_(code)
+    blocks = -(-like.numel() // BLOCK_SIZE)
+    state[absmax_key(spec.name)] = torch.full((blocks,), fill, dtype=torch.float32, device=like.device)
+
+
+def read(state: dict[str, Any], spec: StateSpec, device: torch.device) -> Tensor:
+    """The fp32 values of a state on `device`, shaped like the parameter; may be the state itself."""
+    stored = state[spec.name].to(device)
+    if stored.dtype != torch.uint8:
+        return stored
+    absmax = state[absmax_key(spec.name)].to(device)
+    return dequantize_dynamic(stored, absmax, spec.signed, BLOCK_SIZE, torch.float32)
+
+
+def write(state: dict[str, Any], spec: StateSpec, values: Tensor) -> None:
+    """Store fp32 values, shaped like the parameter, in place."""
+    stored = state[spec.name]
+    if stored.dtype != torch.uint8:
+        stored.copy_(values)
+        return
+    codes, absmax = quantize_dynamic(flush(values), spec.signed, BLOCK_SIZE)
+    stored.copy_(codes)
+    state[absmax_key(spec.name)].copy_(absmax)
+
+
+def flush(values: Tensor) -> Tensor:
+    """Zero instead of subnormal numbers."""
+    return values.masked_fill(values.abs() < SMALLEST, 0.0)
+
+
+def convert(state: dict[str, Any], spec: StateSpec, like: Tensor, bits8: bool, paged: bool) -> None:
+    """Change a state's container where it differs from what is wanted; its values stay, up to 8-bit rounding."""
+    stored = state[spec.name]
+    if (stored.dtype == torch.uint8) != bits8:
+        values = read(state, spec, like.device)
+        state.pop(absmax_key(spec.name), None)
+        create(state, spec, like, bits8, paged)
+        write(state, spec, values)
+    elif paged and not (stored.device.type == "cpu" and stored.is_pinned()):
+        state[spec.name] = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
+    elif not paged and stored.device != like.device:
+        state[spec.name] = stored.to(like.device)
+    key = absmax_key(spec.name)
+    if key in state and state[key].device != like.device:
+        state[key] = state[key].to(like.device)
