@@ -336,8 +336,6 @@ def check_config(config: KbitConfig) -> None:
     """ValueError for settings that a checkpoint in this layout cannot say."""
     if config.quantize_embeddings:
         raise ValueError("the bitsandbytes layout has no quantized embeddings; use the native layout")
-    if config.weight_format.is_4bit and config.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"bitsandbytes does not load block size {config.block_size} everywhere; use 64 or more")
 
 
 def config_dict(config: KbitConfig, skipped: list[str] | None) -> dict[str, Any]:

@@ -89,9 +89,10 @@ def quantize_checkpoint(
     with CheckpointReader(source) as reader:
         model = meta_model(source, raw)
         plan = _plan(model, reader, config, raw)
+        keys = reader.keys()
         source_bytes = 0
         with new_folder(out, force, keep_off=source) as folder, CheckpointWriter(folder, max_shard_size) as writer:
-            for done, key in enumerate(reader.keys, start=1):
+            for done, key in enumerate(keys, start=1):
                 if key in plan.dropped:
                     continue
                 tensor = reader.read(key)
@@ -100,7 +101,7 @@ def quantize_checkpoint(
                     writer.add(name, part)
                 del tensor
                 if progress is not None:
-                    progress(done, len(reader.keys))
+                    progress(done, len(keys))
             files = writer.finish()
             copy_side_files(source, folder)
             if layout == "native":
@@ -116,7 +117,7 @@ def quantize_checkpoint(
         config.weight_format.label,
         layout,
         quantized,
-        len(reader.keys) - quantized - len(plan.dropped),
+        len(keys) - quantized - len(plan.dropped),
         source_bytes,
         nbytes,
         files,
@@ -201,7 +202,7 @@ def _load_dtype(raw: dict[str, Any], reader: CheckpointReader) -> torch.dtype | 
     value = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     if value is not None:
         return parse_dtype(value)
-    for key in reader.keys:
+    for key in reader.keys():
         tensor = reader.read(key)
         if tensor.is_floating_point():
             return tensor.dtype
@@ -218,7 +219,7 @@ def _key_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
     rename = _renaming(model)
     names: dict[str, str] = {}
     taken: set[str] = set()
-    for key in reader.keys:
+    for key in reader.keys():
         candidates = (key, rename(key), f"{prefix}{key}", key.removeprefix(prefix))
         name = next((c for c in candidates if c in known), key)
         names[key] = key if name in taken else name

@@ -46,8 +46,8 @@ _DTYPE_NAMES = {
 class CheckpointReader:
     """The tensors of a model folder: `model.safetensors`, or shards with their index.
 
-    keys: every key, in the order in which the files hold them. Tensors are read lazily and one at a time; only the file
-    that is being read is mapped.
+    `keys()`, `reader[key]` and `items()` go in the order in which the files hold the tensors. Each is read when it is asked
+    for; only the file that is being read is mapped.
 
     Raises ValueError, with the file in it, for a folder without safetensors weights, a broken index, a shard that is
     missing, truncated or lacks a key that the index promises, and FileNotFoundError where there is no folder.
@@ -67,7 +67,6 @@ class CheckpointReader:
             self._read_index(index)
         else:
             raise ValueError(self._no_weights())
-        self.keys = list(self.file_of)
         self.close()
 
     @property
@@ -93,9 +92,18 @@ class CheckpointReader:
         except Exception as error:  # the library's own error type, and whatever torch says of a dtype
             raise ValueError(f"{self.path_of(key)}: cannot read {key} ({_one_line(error)})") from None
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for key in self.keys:
+    def keys(self) -> list[str]:
+        return list(self.file_of)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        for key in self.file_of:
             yield key, self.read(key)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.read(key)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
 
     def __contains__(self, key: object) -> bool:
         return key in self.file_of
@@ -155,7 +163,7 @@ class CheckpointReader:
             raise ValueError(f"{index} is not a checkpoint index ({_one_line(error)})") from None
         for file in files:
             # An index is untrusted input: it may only name files that lie beside it.
-            if Path(file).name != file or not file.endswith(".safetensors"):
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{index} lists {file!r}, which is not a safetensors file in the same folder")
         missing = [file for file in sorted(files) if not (self.folder / file).is_file()]
         if missing:
