@@ -133,8 +133,8 @@ def _nearest_dynamic(values: Tensor, scale: Tensor, name: str) -> Tensor:
     # The division rounds, so the true nearest may be a neighbour: settle it on decoded values.
     lower, upper = (rank - 1).clamp_(min=0), (rank + 1).clamp_(max=255)
     distance = (values - table[rank] * scale).abs()
-    best = torch.where((values - table[upper] * scale).abs() < distance, upper, rank)
-    best = torch.where((values - table[lower] * scale).abs() <= distance, lower, best)
+    best = torch.where((values - table[lower] * scale).abs() <= distance, lower, rank)
+    best = torch.where((values - table[upper] * scale).abs() < distance, upper, best)
     return torch.where(scale > 0, best, codebook(name, values.device, "zero_code"))
 
 

@@ -47,7 +47,7 @@ _FP4_MAGNITUDES = (
     0.1666666716337204,
     0.25,
 )
-FP4_VALUES = _FP4_MAGNITUDES + tuple(-v for v in _FP4_MAGNITUDES)
+FP4_VALUES = _FP4_MAGNITUDES + tuple(0.0 - v for v in _FP4_MAGNITUDES)  # code 8 is +0, not -0
 
 # Codes in ascending order of value. NF4 is already sorted. FP4 holds zero twice: code 0 comes first, so that zero
 # and small negatives round to code 0 and small positives to code 8 (both decode to 0).
