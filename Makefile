@@ -62,10 +62,10 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.installed
-	$(VENV)/bin/kbit bench
+	$(VENV)/bin/python -m benchmarks.run
 
 docs: $(VENV)/.installed-docs
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf site build dist kbit-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
