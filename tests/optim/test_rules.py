@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .references import AdEMAMixReference, LAMBReference, LARSReference, LionReference
 
 import kbit.optim as optim
+
+from .references import AdEMAMixReference, LAMBReference, LARSReference, LionReference
 
 SHAPES = ((37, 53), (19,), (4, 3, 5), ())
 BACKENDS = ("torch", "native")
