@@ -1,1 +1,1 @@
-"""Kernels, one operation a file: `triton` (portable), `cuda` (compiled at first use), `cpu`. They do not know operators."""
+"""Kernels, one operation a file: `triton` (portable), `cuda` (compiled at first use), `cpu`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import importlib
 
 import torch
 from torch import Tensor
@@ -12,7 +12,17 @@ from torch import Tensor
 @functools.cache
 def why_not() -> str | None:
     """None where CUDA C++ kernels can be compiled and run, else the reason in one line."""
-    return "not built yet"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "no NVIDIA GPU that torch can use"
+    devices = range(torch.cuda.device_count())
+    if not any(torch.cuda.get_device_capability(device) == (9, 0) for device in devices):
+        return "no Hopper GPU (compute capability 9.0); Triton serves"
+    try:
+        compiler = importlib.import_module("kbit.kernels.cuda.compile")
+        compiler.nvrtc(), compiler.driver()
+    except OSError as error:
+        return f"{error}; Triton serves"
+    return None
 
 
 @functools.cache
@@ -26,10 +36,10 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 
 def aligned(x: Tensor, weight: Tensor) -> bool:
-    """Whether Hopper's copy engine can read both: 16-byte starts, rows of x a multiple of 16 bytes apart."""
-    rows_ok = x.stride(-1) == 1 and (x.dim() < 2 or x.stride(-2) * x.element_size() % 16 == 0)
-    return rows_ok and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+    """Whether both start on the 16-byte boundaries that Hopper's copy engine demands."""
+    return x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
 
 
-def linear_4bit(*args: Any) -> Tensor:
-    raise NotImplementedError
+def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit")
+    return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)

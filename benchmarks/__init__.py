@@ -1,0 +1,1 @@
+"""Benchmarks of kbit: `python -m benchmarks.run NAME`."""

@@ -1,0 +1,147 @@
+"""NVRTC and the CUDA driver through ctypes: compile a .cu source of this package once, load it, launch it.
+
+torch's CUDA builds bring both libraries, so nothing has to be installed and no CUDA toolkit is needed. A compiled
+kernel is found again by the hash of its source, settings, architecture and compiler version; it is written to a
+temporary name, then renamed, so that processes may compile at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import hashlib
+import os
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels live: $KBIT_CACHE, else the user's cache folder."""
+    if chosen := os.environ.get("KBIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kbit"
+
+
+def _nvrtc_candidates() -> list[str]:
+    major = (torch.version.cuda or "12").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    found: list[str] = []
+    for root in (sysconfig.get_paths()["purelib"], str(Path(torch.__file__).parents[1])):
+        found += glob.glob(f"{root}/nvidia/*/lib/{name}*") + glob.glob(f"{root}/torch/lib/libnvrtc*.so*")
+    for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if root:
+            found += glob.glob(f"{root}/lib64/{name}*")
+    found = [path for path in found if "builtins" not in path and ".alt." not in path]
+    return [*dict.fromkeys(found), name]
+
+
+@functools.cache
+def nvrtc() -> ctypes.CDLL:
+    """The run-time compiler. Raises OSError where none can be loaded."""
+    for path in _nvrtc_candidates():
+        try:
+            # NVRTC looks its builtins up by name alone: loaded beforehand, they are found wherever they lie.
+            for builtins in glob.glob(str(Path(path).parent / "libnvrtc-builtins.so.*")) if "/" in path else ():
+                if ".alt." not in builtins:
+                    ctypes.CDLL(builtins)
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        return library
+    raise OSError("NVRTC (libnvrtc) was not found; it comes with torch's CUDA builds and with the CUDA toolkit")
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """The CUDA driver. Raises OSError where there is none."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def check(status: int, what: str) -> None:
+    """RuntimeError with the driver's own words where a driver call failed."""
+    if status:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what} failed: {(text.value or b'unknown error').decode()} ({status})")
+
+
+def compile_cubin(
+    source: str, name: str, arch: str, settings: Mapping[str, object], headers: Mapping[str, str]
+) -> bytes:
+    """Machine code of a source for `arch` ("sm_90a"). Raises RuntimeError with the compiler's log."""
+    library = nvrtc()
+    program = ctypes.c_void_p()
+    contents = (ctypes.c_char_p * len(headers))(*[text.encode() for text in headers.values()])
+    names = (ctypes.c_char_p * len(headers))(*[key.encode() for key in headers])
+    status = library.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), f"{name}.cu".encode(), len(headers), contents, names
+    )
+    if status:
+        raise RuntimeError(f"NVRTC could not take {name}: {library.nvrtcGetErrorString(status).decode()}")
+    try:
+        options = [
+            f"--gpu-architecture={arch}",
+            "--std=c++17",
+            "-default-device",
+            *(f"-D{key}={value}" for key, value in settings.items()),
+        ]
+        encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+        if library.nvrtcCompileProgram(program, len(options), encoded):
+            size = ctypes.c_size_t()
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"NVRTC could not compile {name} for {arch}:\n{log.value.decode()}")
+        size = ctypes.c_size_t()
+        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def cubin(name: str, arch: str, settings: Mapping[str, object], headers: Mapping[str, str]) -> bytes:
+    """`compile_cubin` of `<name>.cu` in this folder, through the cache on disk."""
+    source = (FOLDER / f"{name}.cu").read_text()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    identity = repr((source, sorted(settings.items()), sorted(headers.items()), arch, major.value, minor.value))
+    path = cache_folder() / "cuda" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    code = compile_cubin(source, name, arch, settings, headers)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a read-only home costs a compilation in the next process, nothing else
+    return code
+
+
+def load(code: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
+    """The kernel `name` of machine code, loaded on the current device. Allowed while a CUDA graph is captured."""
+    mode = ctypes.c_int(_RELAXED)
+    check(driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "preparing to load a kernel")
+    try:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        check(driver().cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
+        check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"loading {name}")
+        check(driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes), f"reserving memory for {name}")
+        return function
+    finally:
+        driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))

@@ -1,0 +1,354 @@
+// out[M, N] = x[M, K] W[N, K]^T + bias on Hopper, W in NF4 or FP4 (row layout, blocks of 64 and up), x in bf16 or fp16.
+//
+// The product is computed as W x^T: wgmma takes its left operand from registers, so decoded weights never touch shared
+// memory, and a lane decodes exactly the elements its fragment needs. One byte holds two weights that are neighbours in
+// K, which is one 32-bit fragment register: a table of all 256 pairs turns a byte into a register with one shared-memory
+// load. Every lane owns a copy of the table in its own bank (entry e of lane l is word 32 e + l), so no access conflicts.
+//
+// A producer warp keeps STAGES tiles of codes and inputs in flight with the bulk tensor copy engine; WR x WK consumer
+// warpgroups (WR along N, 64 rows each, and WK along K) decode tile i + 1 while the tensor cores work on tile i. CLUSTER
+// thread blocks may split K; parts meet in distributed shared memory, in a fixed order: results repeat bit for bit.
+//
+// Compile-time settings: FP16, NT (tokens a tile), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
+// multiprocessor), NESTED (double-quantized scales), ACC_SCALE (scales multiply the accumulator in fp32; else the weights
+// in 16 bits, for many tokens), REGISTERS (what a consumer thread takes over from the producer; 0: none), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#include "wgmma.h"
+
+constexpr int ROWS = 64 * WR;                      // rows of W a tile
+constexpr int GROUPS = WR * WK;                    // consumer warpgroups
+constexpr int THREADS = 128 * GROUPS + (REGISTERS ? 128 : 32);
+constexpr int RB = KS / 2;                         // bytes of codes a row and stage
+constexpr int NB = KS / 64 / WK;                   // 64-blocks a warpgroup and stage
+constexpr int W_BYTES = ROWS * RB;
+constexpr int X_BYTES = NT * 128;                  // one 64-wide slice of x
+constexpr int X_STAGE = X_BYTES * (KS / 64);
+constexpr int LUT_OFFSET = STAGES * (W_BYTES + X_STAGE);
+constexpr int MAP_OFFSET = LUT_OFFSET + 32768;
+constexpr int BAR_OFFSET = MAP_OFFSET + 1024;
+constexpr int PITCH = ROWS + 4;                    // floats a token in the epilogue's buffer
+constexpr int ACC = NT / 2;                        // accumulators a lane
+constexpr int VALUES = NB == 4 ? 2 : 1;            // scales a lane fetches a stage
+
+static_assert(NB >= 1 && NB * WK * 64 == KS && NB != 3, "a stage must give every warpgroup whole blocks");
+
+struct __align__(64) TensorMap { char bytes[128]; };
+template <int V> struct Int { static constexpr int value = V; };
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra WAIT_DONE;\n"
+      " bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
+  float4 v;
+  asm volatile(
+      "{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %4, %5;\n ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_shared16(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ u32 byte_pair(u32 word, u32 select, u32 table) {  // the pair of byte `select` of a word
+  u32 byte, pair;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(byte) : "r"(word), "r"(select));
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(byte * 128 + table));
+  return pair;
+}
+#if FP16
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
+__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+#else
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
+__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+#endif
+__device__ __forceinline__ u32 doubled(float v) { u32 h = to_half(v); return h | h << 16; }
+
+__constant__ u16 codebook[16] = {CODEBOOK};
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
+#if CLUSTER > 1
+    __cluster_dims__(1, 1, CLUSTER)
+#endif
+linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const void* __restrict__ absmax,
+            const float* __restrict__ nested_absmax, const float* __restrict__ offset, const float* __restrict__ dynamic_map,
+            const u16* __restrict__ bias, u16* __restrict__ out, int M, int N, int K, int block_shift) {
+  extern __shared__ u8 raw_shared[];
+  const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
+  const u32 x_base = base + STAGES * W_BYTES;
+  const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  const int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * NT;
+  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+
+  // This block's stages. With one block a stage the loop below needs an even number of them; the copy engine fills what
+  // lies beyond K with zeros.
+  constexpr int EVEN = NB == 1 ? 2 : 1;
+  const int all = ((K + KS - 1) / KS + EVEN - 1) / EVEN * EVEN;
+  const int share = ((all + CLUSTER - 1) / CLUSTER + EVEN - 1) / EVEN * EVEN;
+  const int begin = min(all, (int)rank * share);
+  const int steps = min(share, all - begin);
+
+  auto fetch = [&](int step) {
+    const int slot = step % STAGES, k = (begin + step) * KS;
+    const u32 bar = full + 8 * slot;
+    barrier_expect(bar, W_BYTES + X_STAGE);
+    copy_tile(base + slot * W_BYTES, &map_w, k / 2, row0, bar);
+#pragma unroll
+    for (int c = 0; c < KS / 64; c++) copy_tile(x_base + slot * X_STAGE + c * X_BYTES, &map_x, k + 64 * c, token0, bar);
+  };
+  if (thread == 128 * GROUPS) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 4 * GROUPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    for (int step = 0; step < STAGES && step < steps; step++) fetch(step);
+  }
+  if (thread < 128 * GROUPS) {
+    for (int i = thread; i < 2048; i += 128 * GROUPS) {  // 16 bytes each: a quarter of an entry's row of 32 copies
+      const u32 pair = (u32)codebook[i >> 7] | (u32)codebook[(i >> 3) & 15] << 16;  // the even element is the high nibble
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(base + LUT_OFFSET + i * 16), "r"(pair) : "memory");
+    }
+    if (NESTED)
+      for (int i = thread; i < 256; i += 128 * GROUPS)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + MAP_OFFSET + i * 4), "f"(dynamic_map[i]) : "memory");
+  }
+  __syncthreads();
+
+  const int group = warp >> 2, g = lane >> 2, t = lane & 3;
+  const int group_k = group % WK, group_r = group / WK;
+  const int local0 = group_r * 64 + (warp & 3) * 16 + g;  // this lane's rows: local0 and local0 + 8
+
+  if (warp >= 4 * GROUPS) {
+#if REGISTERS
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+#endif
+    if (thread == 128 * GROUPS)
+      for (int step = STAGES; step < steps; step++) {
+        barrier_wait(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
+        fetch(step);
+      }
+  } else {
+#if REGISTERS
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+    float acc[ACC];
+#pragma unroll
+    for (int i = 0; i < ACC; i++) acc[i] = 0.f;
+    const u32 table = base + LUT_OFFSET + lane * 4, select = 0x4440u | t;
+    const int my_row = VALUES == 2 ? 0 : NB == 2 ? t >> 1 : t & 1;  // which of the rows, which block a lane fetches scales of
+    const int my_block = NB == 4 ? t : NB == 2 ? t & 1 : 0;
+    const float shift = NESTED ? *offset : 0.f;
+    const long long blocks_a_row = K >> block_shift;
+
+    float raw[VALUES], factor[VALUES];  // prefetched: scale or its nested absmax; code of the scale
+    u32 code[VALUES];
+    auto fetch_scales = [&](int step) {
+#pragma unroll
+      for (int v = 0; v < VALUES; v++) {
+        const int row = row0 + local0 + 8 * (my_row + v), k = (begin + step) * KS + (group_k * NB + my_block) * 64;
+        const long long index = row * blocks_a_row + (k >> block_shift);
+        raw[v] = 0.f;
+        code[v] = 256;
+        if (row < N && k < K && step < steps) {
+          if (NESTED) {
+            code[v] = ((const u8*)absmax)[index];
+            raw[v] = nested_absmax[index >> 8];
+          } else {
+            raw[v] = ((const float*)absmax)[index];
+          }
+        }
+      }
+    };
+    auto decode_scales = [&]() {
+#pragma unroll
+      for (int v = 0; v < VALUES; v++) {
+        factor[v] = raw[v];
+        if (NESTED) {
+          float level;
+          asm volatile("ld.shared.f32 %0, [%1];" : "=f"(level) : "r"(base + MAP_OFFSET + (code[v] & 255) * 4));
+          factor[v] = code[v] < 256 ? __fadd_rn(__fmul_rn(level, raw[v]), shift) : 0.f;
+        }
+      }
+    };
+
+    u32 a[2][16];
+    float part[ACC_SCALE ? ACC : 1], s0[2], s1[2];
+#pragma unroll
+    for (int i = 0; i < (ACC_SCALE ? ACC : 1); i++) part[i] = 0.f;
+
+    // Codes of 64 rows x 64 columns -> fragments of this parity.
+    auto decode = [&](auto parity, auto which, int slot) {
+      constexpr int P = decltype(parity)::value, B = decltype(which)::value;
+      const int quad = lane & ~3;
+      s0[P] = __shfl_sync(~0u, factor[0], quad | B);
+      s1[P] = VALUES == 2 ? __shfl_sync(~0u, factor[VALUES - 1], quad | B)
+                          : __shfl_sync(~0u, factor[0], quad | (NB == 2 ? 2 | B : 1));
+      const int chunk = 2 * (group_k * NB + B);
+      const u32 swizzle = ((u32)local0 * RB >> 7) & (RB / 16 - 1);  // the same for both rows
+      const u32 row = base + slot * W_BYTES + local0 * RB;
+      const u32 at0 = (chunk ^ swizzle) * 16, at1 = ((chunk + 1) ^ swizzle) * 16;
+      const uint4 q0 = load_shared16(row + at0), q1 = load_shared16(row + at1);
+      const uint4 q2 = load_shared16(row + 8 * RB + at0), q3 = load_shared16(row + 8 * RB + at1);
+      const u32 top[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
+      const u32 low[8] = {q2.x, q2.y, q2.z, q2.w, q3.x, q3.y, q3.z, q3.w};
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        a[P][2 * i] = byte_pair(top[i], select, table);
+        a[P][2 * i + 1] = byte_pair(low[i], select, table);
+      }
+      if (!ACC_SCALE) {
+        const u32 h0 = doubled(s0[P]), h1 = doubled(s1[P]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          a[P][2 * i] = times(a[P][2 * i], h0);
+          a[P][2 * i + 1] = times(a[P][2 * i + 1], h1);
+        }
+      }
+    };
+    auto multiply = [&](auto parity, auto which, int slot) {
+      constexpr int P = decltype(parity)::value, B = decltype(which)::value;
+      // 128-byte swizzled K-major x: 8 tokens are 1024 bytes; 16 elements further in K are 32 bytes further.
+      const u32 x = x_base + slot * X_STAGE + (group_k * NB + B) * X_BYTES;
+      const u64 descriptor = (u64)((x & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#if ACC_SCALE
+        wgmma(part, a[P] + 4 * i, descriptor + 2 * i, i > 0);
+#else
+        wgmma(acc, a[P] + 4 * i, descriptor + 2 * i, 1);
+#endif
+      }
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+    auto finish = [&](auto parity) {  // the product has left the tensor cores
+      constexpr int P = decltype(parity)::value;
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#if ACC_SCALE
+#pragma unroll
+      for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(part[i])::"memory");
+#pragma unroll
+      for (int i = 0; i < ACC; i++) acc[i] = fmaf(part[i], i & 2 ? s1[P] : s0[P], acc[i]);
+#else
+#pragma unroll
+      for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
+#endif
+    };
+    auto enter = [&](int step) {  // scales of a stage decoded, those of the next one asked for, its codes and inputs there
+      decode_scales();
+      fetch_scales(step + 1);
+      barrier_wait(full + 8 * (step % STAGES), (step / STAGES) & 1);
+    };
+    // While the tensor cores multiply one block, the next one is decoded.
+    auto last_of_stage = [&](auto parity, int step, bool more) {
+      constexpr int P = decltype(parity)::value;
+      const int slot = step % STAGES;
+      multiply(Int<P>(), Int<NB - 1>(), slot);
+      if (more) {
+        enter(step + 1);
+        decode(Int<1 - P>(), Int<0>(), (step + 1) % STAGES);
+      }
+      finish(Int<P>());
+      if (lane == 0) barrier_arrive(empty + 8 * slot);
+    };
+    if (steps > 0) {
+      fetch_scales(0);
+      enter(0);
+      decode(Int<0>(), Int<0>(), 0);
+    }
+    if constexpr (NB == 1) {
+      for (int step = 0; step < steps; step += 2) {
+        last_of_stage(Int<0>(), step, true);
+        last_of_stage(Int<1>(), step + 1, step + 2 < steps);
+      }
+    } else {
+      for (int step = 0; step < steps; step++) {
+        const int slot = step % STAGES;
+        multiply(Int<0>(), Int<0>(), slot);
+        decode(Int<1>(), Int<1>(), slot);
+        finish(Int<0>());
+        if constexpr (NB == 4) {
+          multiply(Int<1>(), Int<1>(), slot);
+          decode(Int<0>(), Int<2>(), slot);
+          finish(Int<1>());
+          multiply(Int<0>(), Int<2>(), slot);
+          decode(Int<1>(), Int<3>(), slot);
+          finish(Int<0>());
+        }
+        last_of_stage(Int<1>(), step, step + 1 < steps);
+      }
+    }
+
+    // Parts meet in shared memory, [WK][NT][PITCH] floats over the stages, once no consumer needs those.
+    asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
+#pragma unroll
+    for (int i = 0; i < ACC; i++) {
+      const int token = (i >> 2) * 8 + 2 * t + (i & 1), row = local0 + (i & 2) * 4;
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + ((group_k * NT + token) * PITCH + row) * 4), "f"(acc[i]) : "memory");
+    }
+  }
+  if (CLUSTER > 1) cluster_sync();
+  else __syncthreads();
+  const int items = min(NT, M - token0) * (ROWS / 4);
+  for (int item = thread + rank * THREADS; item < items; item += THREADS * CLUSTER) {
+    const int token = item / (ROWS / 4), row = item % (ROWS / 4) * 4, n = row0 + row;
+    if (n >= N) continue;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int r = 0; r < CLUSTER; r++)
+#pragma unroll
+      for (int k = 0; k < WK; k++) {
+        const u32 at = base + ((k * NT + token) * PITCH + row) * 4;
+        float4 v;
+        if (CLUSTER > 1) v = load_remote(at, r);
+        else asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
+        sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
+      }
+    float value[4] = {sum.x, sum.y, sum.z, sum.w};
+    u16* to = out + (size_t)(token0 + token) * N + n;
+    u16 half[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) half[i] = to_half(value[i] + (bias && n + i < N ? from_half(bias[n + i]) : 0.f));
+    if ((N & 3) == 0) {
+      *(uint2*)to = make_uint2(half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16);
+    } else {
+      for (int i = 0; i < 4 && n + i < N; i++) to[i] = half[i];
+    }
+  }
+  if (CLUSTER > 1) cluster_sync();  // nobody leaves while its memory is read
+}

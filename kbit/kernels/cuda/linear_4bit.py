@@ -1,0 +1,216 @@
+"""Launcher of `linear_4bit.cu`: tensor maps, settings by shape, compilation and launch on the current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbit.formats.codebooks import codebook
+from kbit.kernels.cuda import compile as compiler
+
+FOLDER = Path(__file__).parent / "tuned"
+_SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
+_UINT8, _FLOAT16, _BFLOAT16 = 0, 6, 9  # CUtensorMapDataType
+_SWIZZLE = {32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by bytes a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the kernel, named as in its source: tokens a tile, warpgroups along N and K, K a stage, ..."""
+
+    nt: int
+    wr: int = 1
+    wk: int = 1
+    ks: int = 256
+    stages: int = 4
+    cluster: int = 1
+    ctas: int = 1
+    acc_scale: bool = True
+    registers: int = 0
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.wr
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.wr * self.wk + (128 if self.registers else 32)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: stages, pair table, dynamic map, barriers; the epilogue's buffer reuses them."""
+        stages = self.stages * (self.rows * self.ks // 2 + self.nt * self.ks * 2)
+        main = stages + 32768 + 1024 + 16 * self.stages
+        return 1024 + max(main, self.wk * self.nt * (self.rows + 4) * 4)
+
+    def valid(self) -> bool:
+        blocks = self.ks // 64 / self.wk
+        return blocks in (1, 2, 4) and self.ks in (64, 128, 256) and self.shared_bytes <= _SHARED_LIMIT // self.ctas
+
+
+def wgmma_header(nt: int, fp16: bool) -> str:
+    """The device function `wgmma` for m64 n`nt` k16 with the left operand in registers."""
+    count = nt // 2
+    outputs = ", ".join(f"%{i}" for i in range(count))
+    inputs = ", ".join(f"%{count + i}" for i in range(4))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    kind = "f16" if fp16 else "bf16"
+    shape = f"wgmma.mma_async.sync.aligned.m64n{nt}k16.f32.{kind}.{kind}"
+    return f"""__device__ __forceinline__ void wgmma(float (&d)[{count}], const u32* a, u64 b, int accumulate) {{
+  asm volatile("{{\\n .reg .pred p;\\n setp.ne.b32 p, %{count + 5}, 0;\\n"
+    "{shape} {{{outputs}}}, {{{inputs}}}, %{count + 4}, p, 1, 1, 0;\\n}}"
+    : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}}
+"""
+
+
+def settings(config: Config, name: str, dtype: torch.dtype, nested: bool) -> tuple[dict[str, object], dict[str, str]]:
+    """(macros, headers) to compile the kernel with."""
+    fp16 = dtype == torch.float16
+    bits = codebook(name).to(dtype).view(torch.int16).tolist()
+    macros: dict[str, object] = {
+        "FP16": int(fp16),
+        "NT": config.nt,
+        "WR": config.wr,
+        "WK": config.wk,
+        "KS": config.ks,
+        "STAGES": config.stages,
+        "CLUSTER": config.cluster,
+        "CTAS": config.ctas,
+        "NESTED": int(nested),
+        "ACC_SCALE": int(config.acc_scale),
+        "REGISTERS": config.registers,
+        "CODEBOOK": ",".join(str(b & 0xFFFF) for b in bits),
+    }
+    return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> ctypes.c_void_p:
+    macros, headers = settings(config, name, dtype, nested)
+    code = compiler.cubin("linear_4bit", "sm_90a", macros, headers)
+    return compiler.load(code, "linear_4bit", config.shared_bytes)
+
+
+def kernel(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> ctypes.c_void_p:
+    """The loaded kernel of the current device; compiled at first use."""
+    with _lock:
+        return _load(device, config, name, dtype, nested)
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
+def _encode(
+    address: int, kind: int, columns: int, rows: int, row_bytes: int, box: tuple[int, int], swizzle: int
+) -> Any:
+    """A 64-byte aligned CUtensorMap of a row-major matrix; columns and box in elements. Beyond its edges it reads 0."""
+    raw = ctypes.create_string_buffer(128 + 64)
+    tensor_map = _TensorMap.from_buffer(raw, -ctypes.addressof(raw) % 64)
+    status = compiler.driver().cuTensorMapEncodeTiled(
+        ctypes.byref(tensor_map),
+        kind,
+        2,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(row_bytes),
+        (ctypes.c_uint32 * 2)(*box),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,
+        swizzle,
+        2,  # L2 promotion: 128 bytes
+        0,
+    )
+    compiler.check(status, "describing a matrix to the copy engine")
+    return tensor_map
+
+
+# A map depends on address and shape alone, so it stays right whatever tensor lives there.
+_encode_cached = functools.lru_cache(maxsize=8192)(_encode)
+
+
+@functools.cache
+def _rules(device: int) -> tuple[list[dict[str, Any]], int]:
+    rules = json.loads((FOLDER / "hopper.json").read_text())["linear_4bit"]
+    return rules, torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_config(device: int, m: int, n: int, k: int) -> Config:
+    """The settings for a product: the first rule of tuned/hopper.json with room for M tokens. `cluster` 0 splits K so
+    that one wave of thread blocks covers the GPU."""
+    rules, processors = _rules(device)
+    rule = next((r for r in rules if m <= r["max_m"]), rules[-1])
+    config = Config(**{key: value for key, value in rule.items() if key != "max_m"})
+    if config.cluster == 0:
+        tiles = -(-n // config.rows) * -(-m // config.nt)
+        split = 1
+        while split < 8 and tiles * split * 2 <= processors * config.ctas and k // (split * 2) >= 2 * config.ks:
+            split *= 2
+        config = dataclasses.replace(config, cluster=split)
+    return config
+
+
+def linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    name: str,
+    block_size: int,
+    n: int,
+    config: Config | None = None,
+) -> Tensor:
+    """x: bf16 or fp16 `[..., K]`, weight: row layout `[N, K/2]` with K a multiple of the block size (at least 64);
+    both start on 16-byte boundaries. -> `[..., N]`."""
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    m, device = rows.shape[0], x.device.index
+    stride = rows.stride(0) if m > 1 else k
+    if rows.stride(1) != 1 or stride % 8 or stride < k:
+        rows, stride = rows.contiguous(), k
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, name, block_size, n, config)
+    config = config or choose_config(device, m, n, k)
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    nested = nested_absmax is not None
+    function = kernel(device, config, name, x.dtype, nested)
+    box = config.ks // 2
+    map_w = _encode_cached(weight.data_ptr(), _UINT8, k // 2, n, k // 2, (box, config.rows), _SWIZZLE[box])
+    kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
+    map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, (64, config.nt), 3)
+    table = codebook("dynamic8", x.device) if nested else None
+    pointers = [absmax, nested_absmax, nested_offset, table, bias, out]
+    values = [map_w, map_x, *(ctypes.c_void_p(p if p is None else p.data_ptr()) for p in pointers)]
+    values += [ctypes.c_int(v) for v in (m, n, k, block_size.bit_length() - 1)]
+    arguments = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+    status = compiler.driver().cuLaunchKernel(
+        function,
+        -(-n // config.rows),
+        -(-m // config.nt),
+        config.cluster,
+        config.threads,
+        1,
+        1,
+        config.shared_bytes,
+        ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+        arguments,
+        None,
+    )
+    compiler.check(status, "launching linear_4bit")
+    return out

@@ -1,0 +1,75 @@
+"""Which kernel serves: rules that need no GPU to be tested."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kbit.ops import backends, choose
+
+
+def test_without_hopper_triton_then_dequantize():
+    for capability in (None, (7, 5), (8, 0), (10, 0)):
+        assert choose.linear_4bit_path(1, 4096, 4096, 64, 2, capability) == "triton"
+        assert choose.linear_4bit_path(choose.TRITON_TOKENS + 1, 4096, 4096, 64, 2, capability) == "dequantize"
+
+
+def test_hopper_takes_what_it_can_read():
+    assert choose.linear_4bit_path(1, 4096, 4096, 64, 2, (9, 0)) == "hopper"
+    assert choose.linear_4bit_path(1, 4096, 4096, 64, 4, (9, 0)) == "triton"  # fp32 input
+    assert choose.linear_4bit_path(1, 4096, 4096, 32, 2, (9, 0)) == "triton"  # blocks of 32
+    assert choose.linear_4bit_path(1, 4096, 100, 64, 2, (9, 0)) == "triton"  # flat layout
+    assert choose.linear_4bit_path(1, 4096, 4096, 64, 2, (9, 0), aligned=False) == "triton"
+    assert choose.linear_4bit_path(10**6, 4096, 4096, 64, 2, (9, 0)) == "dequantize"
+
+
+def test_gradient_product():
+    assert choose.linear_4bit_grad_path(1) == "triton"
+    assert choose.linear_4bit_grad_path(4096) == "dequantize"
+
+
+def test_tiles_of_a_gpu_never_seen(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from kbit.kernels.triton import tiles
+
+    default = tiles.rules("Some GPU of 2031")
+    assert set(default) == {"linear_4bit", "linear_4bit_grad_input"}
+    for rules in default.values():
+        for rule in rules:
+            tile = tiles.resolve(rule, 1, 4096, 4096, 100)
+            assert tile.bm >= 16 and tile.split >= 1 and all(v & (v - 1) == 0 for v in (tile.bm, tile.bn, tile.bk))
+    own = {"linear_4bit": [{"max_m": 8, "bm": 32, "bn": 32, "bk": 64}]}
+    (tmp_path / "my-gpu-x.json").write_text(json.dumps(own))
+    (tmp_path / "default.json").write_text(json.dumps(default))
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    tiles.rules.cache_clear()
+    assert tiles.rules("My GPU (X)")["linear_4bit"] == own["linear_4bit"]
+    assert tiles.rules("My GPU (X)")["linear_4bit_grad_input"] == default["linear_4bit_grad_input"]
+    tiles.rules.cache_clear()
+
+
+def test_splits_fill_the_device_but_keep_whole_steps():
+    pytest.importorskip("triton")
+    from kbit.kernels.triton.tiles import resolve
+
+    rule = {"max_m": 16, "bm": 16, "bn": 64, "bk": 64, "split": 0}
+    assert resolve(rule, 1, 4096, 4096, 132).split == 4
+    assert resolve(rule, 1, 64 * 1024, 4096, 132).split == 1
+    assert resolve(rule, 1, 64, 256, 132).split == 1
+
+
+def test_hopper_settings_are_valid():
+    from kbit.kernels.cuda.linear_4bit import FOLDER, Config
+
+    rules = json.loads((FOLDER / "hopper.json").read_text())["linear_4bit"]
+    assert [r["max_m"] for r in rules] == sorted(r["max_m"] for r in rules)
+    for rule in rules:
+        fields = {key: value for key, value in rule.items() if key != "max_m"}
+        assert Config(**fields).valid(), rule
+
+
+def test_every_backend_says_why():
+    listed = {b.name: b for b in backends()}
+    assert {"triton", "cuda", "reference"} <= set(listed) and listed["reference"].active
+    assert all(b.reason for b in listed.values())

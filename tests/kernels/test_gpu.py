@@ -1,0 +1,164 @@
+"""The operators as a GPU runs them: paths against float64, graphs, compilation, streams, devices, huge tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kbit import ops
+from kbit.formats import blocks, double
+from kbit.ops import choose, cuda
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 5e-3}
+
+
+def quantized(n, k, name="nf4", block_size=64, nested=True, device="cuda"):
+    """(operator arguments that stand for the weight, its exact values in float64)."""
+    weight = torch.randn(n, k, device=device) * 0.05
+    packed, absmax = ops.quantize(weight, f"{name}-plain", block_size).tensors().values()
+    parts = [absmax, None, None]
+    exact = absmax
+    if nested:
+        parts = list(double.quantize_absmax(absmax.reshape(-1)))
+        exact = double.dequantize_absmax(*parts)
+        parts[0] = parts[0].view(absmax.shape)
+    values = blocks.dequantize_4bit(packed, exact, name, block_size, (n, k), torch.float32)
+    return (packed, *parts), values.double()
+
+
+def close(out, expected, dtype):
+    assert out.dtype == dtype and out.shape == expected.shape and out.isfinite().all()
+    error = ((out.double() - expected).norm() / expected.norm()).item()
+    assert error < TOLERANCE[dtype], error
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "name, nested, block_size", [("nf4", True, 64), ("fp4", False, 64), ("nf4", True, 32), ("fp4", True, 256)]
+)
+@pytest.mark.parametrize("n, k", [(96, 256), (250, 1024), (333, 2816), (70, 100), (129, 4096)])
+def test_products_at_every_token_count(n, k, name, nested, block_size, dtype):
+    weight, exact = quantized(n, k, name, block_size, nested)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    for m in (1, 2, 7, 8, 16, 17, 33, 64, 65, 200, 300):
+        x = torch.randn(m, k, device="cuda").to(dtype)
+        close(ops.linear_4bit(x, *weight, bias, name, block_size, n), x.double() @ exact.T + bias.double(), dtype)
+        grad = torch.randn(m, n, device="cuda").to(dtype)
+        out = torch.ops.kbit.linear_4bit_grad_input(grad, *weight, name, block_size, k)
+        close(out, grad.double() @ exact, dtype)
+
+
+def test_results_repeat_bit_for_bit():
+    weight, _ = quantized(4096, 4096)
+    for m in (1, 16, 64, 256):
+        x = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
+        first = ops.linear_4bit(x, *weight, None, "nf4", 64, 4096)
+        assert all(torch.equal(first, ops.linear_4bit(x, *weight, None, "nf4", 64, 4096)) for _ in range(20))
+
+
+def test_every_hopper_setting():
+    if cuda.why_not():
+        pytest.skip(cuda.why_not())
+    from kbit.kernels.cuda.linear_4bit import Config, linear_4bit
+
+    settings = [
+        Config(8, 1, 1, 256, 4, 1, 2),
+        Config(8, 1, 2, 128, 4, 2, 2),
+        Config(16, 1, 4, 256, 3, 4, 1),
+        Config(32, 2, 2, 256, 3, 1, 1),
+        Config(64, 2, 1, 64, 4, 8, 1),
+        Config(128, 2, 1, 64, 4, 1, 1, True, 232),
+        Config(256, 2, 1, 64, 4, 2, 1, False, 232),
+    ]
+    for dtype in (torch.bfloat16, torch.float16):
+        for n, k, block_size, nested in [
+            (64, 64, 64, True),
+            (200, 1088, 64, True),
+            (515, 4096, 128, False),
+            (130, 8192, 4096, True),
+        ]:
+            weight, exact = quantized(n, k, "nf4", block_size, nested)
+            bias = torch.randn(n, device="cuda", dtype=dtype)
+            for config in settings:
+                for m in (1, 5, config.nt, config.nt + 3):
+                    x = torch.randn(m, k, device="cuda", dtype=dtype)
+                    out = linear_4bit(x, *weight, bias, "nf4", block_size, n, config)
+                    close(out, x.double() @ exact.T + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("m", [1, 16, 100, 1000])
+def test_captures_in_a_cuda_graph(m):
+    weight, exact = quantized(512, 1024)
+    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    ops.linear_4bit(x, *weight, None, "nf4", 64, 512)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = ops.linear_4bit(x, *weight, None, "nf4", 64, 512)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        out.fill_(float("nan"))
+        graph.replay()
+        close(out, x.double() @ exact.T, torch.bfloat16)
+
+
+@pytest.mark.parametrize("m", [3, 128])
+def test_compiles_without_a_break_and_differentiates(m):
+    weight, exact = quantized(256, 512)
+    x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(lambda x: ops.linear_4bit(x, *weight, None, "nf4", 64, 256).sin(), fullgraph=True)
+    out = compiled(x)
+    out.float().sum().backward()
+    product = (x.double() @ exact.T).detach()
+    close(out.detach(), product.sin(), torch.bfloat16)
+    error = (x.grad.double() - product.cos() @ exact).norm() / (product.cos() @ exact).norm()
+    assert error < 2e-2
+
+
+def test_launches_on_the_current_stream():
+    weight, exact = quantized(1024, 1024)
+    x = torch.zeros(8, 1024, device="cuda", dtype=torch.bfloat16)
+    source = torch.randn_like(x)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(source)
+        out = ops.linear_4bit(x, *weight, None, "nf4", 64, 1024)
+    side.synchronize()
+    close(out, source.double() @ exact.T, torch.bfloat16)
+
+
+def test_a_second_gpu_while_the_first_is_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    weight, exact = quantized(512, 1024, device="cuda:1")
+    for m in (1, 64, 300):
+        x = torch.randn(m, 1024, device="cuda:1", dtype=torch.bfloat16)
+        close(ops.linear_4bit(x, *weight, None, "nf4", 64, 512), x.double() @ exact.T, torch.bfloat16)
+
+
+def test_more_than_two_to_the_31_elements():
+    rows, k = 70_000, 32_768  # 2.3 G elements
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of GPU memory")
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+    q = ops.quantize(x, "nf4")
+    tail = slice(rows - 40, rows)
+    expected = blocks.quantize_4bit(x[tail], "nf4", 64)[0]
+    assert torch.equal(q.codes[tail].reshape(-1), expected)
+    error = (q.dequantize()[tail].double() - x[tail].double()).norm() / x[tail].double().norm()
+    assert error < 0.12
+    token = torch.randn(4, k, device="cuda", dtype=torch.bfloat16)
+    parts = (q.codes, q.absmax, q.nested_absmax, q.nested_offset)
+    out = torch.ops.kbit.linear_4bit(token, *parts, None, "nf4", 64, rows)[:, tail]
+    close(out, token.double() @ q.dequantize(torch.float32)[tail].double().T, torch.bfloat16)
+
+
+def test_what_the_copy_engine_cannot_read_takes_another_way():
+    weight, exact = quantized(128, 256)
+    x = torch.randn(4 * 256 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(4, 256)  # 2 bytes off a boundary
+    close(ops.linear_4bit(x, *weight, None, "nf4", 64, 128), x.double() @ exact.T, torch.bfloat16)
+    assert choose.linear_4bit_path(4, 128, 256, 64, 2, (9, 0), aligned=False) == "triton"
