@@ -101,9 +101,9 @@ def _outlier_product(x: Tensor, weight: Tensor, absmax: Tensor, columns: Tensor)
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """Exact `a [M, K] @ b [N, K]^T` of int8 values."""
-    if a.device.type == "cpu":
+    if a.device.type == "cpu" and a.shape[1] <= _INT32_K:
         return torch._int_mm(a, b.t())
-    if a.device.type == "cuda" and torch.version.hip is None:
+    if a.device.type == "cuda" and torch.version.hip is None and a.shape[1] <= _INT32_K:
         # cuBLAS takes more than 16 rows, and K and N in eights; zeros fill up what is missing.
         (m, k), n = a.shape, b.shape[0]
         a = F.pad(a, (0, -k % 8, 0, max(0, 17 - m)))
