@@ -22,7 +22,6 @@ RANKS = {
     "assets": 0,
     "formats": 0,
     "config": 0,
-    "assets": 0,
     "kernels": 1,
     "ops": 2,
     "nn": 3,

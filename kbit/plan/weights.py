@@ -62,15 +62,15 @@ def plan_weights(model: nn.Module, config: KbitConfig | str | None) -> WeightPla
     seen: set[int] = set()
     quantized = replaced = largest = 0
     for module in selected.values():
+        parameter = module._parameters["weight"]
         # A tied weight on the meta device is one Parameter under two names.
-        if id(module.weight) in seen:
+        if parameter is None or id(parameter) in seen:
             continue
-        seen.add(id(module.weight))
-        weight = weight_of(module) if is_linear(module) else module.weight
-        quantized += fmt.nbytes(weight.shape)  # type: ignore[union-attr, arg-type]
-        before = weight.nbytes  # type: ignore[union-attr]
-        replaced += before  # type: ignore[operator]
-        largest = max(largest, before)  # type: ignore[type-var, assignment, arg-type]
+        seen.add(id(parameter))
+        weight = weight_of(module) if is_linear(module) else parameter
+        quantized += fmt.nbytes(weight.shape)
+        replaced += weight.nbytes
+        largest = max(largest, weight.nbytes)
     other = memory.other - replaced
     return WeightPlan(fmt.label, memory.quantized + quantized, other, memory.buffers, replaced, largest, len(selected))
 
