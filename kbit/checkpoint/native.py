@@ -154,7 +154,9 @@ def meta_model(folder: Path, raw: dict[str, Any]) -> nn.Module:
     names = raw.get("architectures") or []
     cls = getattr(transformers, names[0], None) if names else None
     if names and cls is None:
-        raise ValueError(f"transformers {transformers.__version__} has no {names[0]}, which {folder}/config.json asks for")
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {names[0]}, which {folder}/config.json asks for"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder))
     except Exception as error:  # its validators raise many types
@@ -185,8 +187,8 @@ def _plan(model: nn.Module, reader: CheckpointReader, config: KbitConfig, raw: d
             if others:
                 continue  # tied: stored under the name of another
             raise ValueError(
-                f"{reader.folder} has no tensor for {name}.weight, which {type(model).__name__} needs: the checkpoint is "
-                "incomplete, or transformers rebuilds this weight from others while loading; then load it with "
+                f"{reader.folder} has no tensor for {name}.weight, which {type(model).__name__} needs: the checkpoint "
+                "is incomplete, or transformers rebuilds this weight from others while loading; then load it with "
                 "from_pretrained(..., quantization_config=KbitConfig(...)) and save_pretrained instead"
             )
         if any(other in weights for other in others):
@@ -197,7 +199,7 @@ def _plan(model: nn.Module, reader: CheckpointReader, config: KbitConfig, raw: d
 
 
 def _load_dtype(raw: dict[str, Any], reader: CheckpointReader) -> torch.dtype | None:
-    """The dtype that from_pretrained(dtype="auto") casts to before it quantizes: config.json's, else the first found."""
+    """What from_pretrained(dtype="auto") casts to before it quantizes: config.json's dtype, else the first found."""
     text = raw.get("text_config") or {}
     value = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     if value is not None:

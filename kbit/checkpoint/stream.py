@@ -20,9 +20,9 @@ from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_COPY_CHUNK = 2**24
+_COPY_CHUNK = 2**20
 # Bytes of one tensor that become a Python bytes object at once.
-_WRITE_CHUNK = 2**24
+_WRITE_CHUNK = 2**20
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -46,8 +46,8 @@ _DTYPE_NAMES = {
 class CheckpointReader:
     """The tensors of a model folder: `model.safetensors`, or shards with their index.
 
-    `keys()`, `reader[key]` and `items()` go in the order in which the files hold the tensors. Each is read when it is asked
-    for; only the file that is being read is mapped.
+    `keys()` and `items()` go in the order in which the files hold the tensors. A tensor is read when it is asked for;
+    only the file that is being read is mapped.
 
     Raises ValueError, with the file in it, for a folder without safetensors weights, a broken index, a shard that is
     missing, truncated or lacks a key that the index promises, and FileNotFoundError where there is no folder.
@@ -145,7 +145,9 @@ class CheckpointReader:
 
     def _add_file(self, file: str, wanted: list[str] | None) -> None:
         self._open(file)
-        present = list(self._handle.offset_keys()) if hasattr(self._handle, "offset_keys") else list(self._handle.keys())
+        present = (
+            list(self._handle.offset_keys()) if hasattr(self._handle, "offset_keys") else list(self._handle.keys())
+        )
         if wanted is not None:
             missing = sorted(set(wanted) - set(present))
             if missing:
@@ -168,7 +170,9 @@ class CheckpointReader:
         missing = [file for file in sorted(files) if not (self.folder / file).is_file()]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{self.folder / missing[0]}{more} is missing, though {INDEX} lists it: the download is incomplete")
+            raise ValueError(
+                f"{self.folder / missing[0]}{more} is missing, though {INDEX} lists it: the download is incomplete"
+            )
         for file in sorted(files):
             self._add_file(file, files[file])
 

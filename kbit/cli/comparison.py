@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from kbit.eval.compare import FormatResult, OutlierResult
 
 OUTLIER_NOTE = (
-    "Large models grow a few hidden features that are tens of times larger than the rest; small ones do not. Here {count} "
-    "channels of every norm's output were multiplied by {scale} and the columns of the weights that read them divided by it, "
-    "which changes nothing that the model computes (powers of two are exact). Without a threshold the large features take "
-    "the int8 range from all others; with threshold 6 they are multiplied in 16 bits."
+    "Large models grow a few hidden features that are tens of times larger than the rest; small ones do not. Here "
+    "{count} channels of every norm's output were multiplied by {scale} and the columns of the weights that read them "
+    "divided by it, which changes nothing that the model computes (powers of two are exact). Without a threshold the "
+    "large features take the int8 range from all others; with threshold 6 they are multiplied in 16 bits."
 )
 
 
@@ -130,7 +130,7 @@ def settings(row: FormatResult) -> dict[str, str]:
     }
 
 
-def provenance() -> dict[str, dict[str, str]]:
+def provenance() -> dict[str, Any]:
     """Machine and versions, for the report."""
     machine, versions = machine_facts()
     return {"machine": machine, "versions": versions}

@@ -47,9 +47,7 @@ def demo(
     ids = encode(tokenizer, read_text(heldout_text()))
     limit = QUICK_TOKENS if quick else TOKENS
     rows = comparison.compare(source, names, tokenizer, ids, prompt=PROMPT, new_tokens=NEW_TOKENS, max_tokens=limit)
-    outliers = comparison.outliers(
-        source, ids, OUTLIER_COUNT, OUTLIER_EXPONENT, max_tokens=min(limit, OUTLIER_TOKENS)
-    )
+    outliers = comparison.outliers(source, ids, OUTLIER_COUNT, OUTLIER_EXPONENT, max_tokens=min(limit, OUTLIER_TOKENS))
 
     parameters = rows[0].bytes / rows[0].ratio / 2e6
     page = pages.Report(
@@ -71,6 +69,8 @@ def demo(
     if as_json:
         print_json({**comparison.to_json("demo", rows, outliers), "report": str(target)})
         return
-    comparison.print_rows(rows, f"the shipped model ({parameters:.1f} M parameters) on {rows[0].tokens:,} held-out tokens")
+    comparison.print_rows(
+        rows, f"the shipped model ({parameters:.1f} M parameters) on {rows[0].tokens:,} held-out tokens"
+    )
     comparison.print_outliers(outliers)
     print(f"report: {target}  ({time.perf_counter() - started:.0f} s)")

@@ -21,7 +21,9 @@ def evaluate(
     formats: Annotated[
         str | None, typer.Option(help=f"By comma: {', '.join(WEIGHT_FORMATS)}. Default: bf16,int8,nf4,fp4.")
     ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens a window moves on; half of the context by default.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens a window moves on; half of the context by default.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a window; the model's by default, 1024 at most.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score the first so many tokens only.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with table and plots to this file.")] = None,
@@ -82,9 +84,8 @@ def evaluate(
         print_json({**data, "report": str(report)} if report is not None else data)
         return
     first = rows[0]
-    comparison.print_rows(
-        rows, f"{_short(source.name)} on {text.name}: {first.tokens:,} tokens, context {first.context}, stride {first.stride}"
-    )
+    windows = f"{first.tokens:,} tokens, context {first.context}, stride {first.stride}"
+    comparison.print_rows(rows, f"{_short(source.name)} on {text.name}: {windows}")
     if report is not None:
         print(f"report: {report}")
 

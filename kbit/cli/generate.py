@@ -16,7 +16,8 @@ def generate(
     model: Annotated[str, typer.Argument(help="Model folder, hub name, or demo for the shipped model.")],
     prompt: Annotated[str, typer.Argument(help="What the model continues.")],
     format_name: Annotated[
-        str | None, typer.Option("--format", help=f"{', '.join(WEIGHT_FORMATS)}. Default: nf4, or as the model is stored.")
+        str | None,
+        typer.Option("--format", help=f"{', '.join(WEIGHT_FORMATS)}. Default: nf4, or as the model is stored."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.")] = 0.0,

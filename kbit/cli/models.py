@@ -1,4 +1,4 @@
-"""What demo, eval, generate and quantize share: finding MODEL, loading it in a format, its tokenizer, writing a line."""
+"""What demo, eval, generate and quantize share: finding MODEL, loading it in a format, its tokenizer."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def formats_for(source: Source, given: list[str] | None, default: list[str]) -> 
         return given or default
     if given and given != [source.saved_format]:
         raise ValueError(
-            f"{source.name} is stored as {source.saved_format} and cannot be loaded as {', '.join(given)}; leave the format "
-            "out, or give the floating point model it came from"
+            f"{source.name} is stored as {source.saved_format} and cannot be loaded as {', '.join(given)}; "
+            "leave the format out, or give the floating point model it came from"
         )
     return [source.saved_format]
 
@@ -130,7 +130,9 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
     except Exception as error:  # missing files, missing packages, broken JSON: many types, one meaning
-        raise ValueError(f"{source.name} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(
+            f"{source.name} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def read_text(path: str | Path) -> str:
@@ -192,7 +194,11 @@ def line_writer(tokenizer: Any, prompt: str, new_tokens: int) -> Callable[[Any],
 
 def pad_token(tokenizer: Any, model: Any) -> int:
     """A single sequence needs no padding, but `generate` wants to be told."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None))
+    candidates = (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        getattr(model.generation_config, "eos_token_id", None),
+    )
     found = next((c for c in candidates if c is not None), 0)
     return found[0] if isinstance(found, list) else found
 

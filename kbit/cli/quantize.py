@@ -53,6 +53,7 @@ def quantize(
     shard = parse_memory(max_shard_size)
 
     import transformers  # noqa: F401  # a missing extra is said before anything else
+
     from kbit.checkpoint import quantize_checkpoint
     from kbit.checkpoint.folder import check_out
     from kbit.cli.comparison import token_bar

@@ -28,8 +28,9 @@ class FormatResult:
 
     bytes: of all weights, each shared one once. ratio: to the same weights in bf16. quantized_bytes, quantized_ratio:
     of the layers that are quantized alone, scales included and shared codebooks not. perplexity_ratio: to bf16's, None
-    where bf16 was not measured. tokens: how many were scored, in windows of `context` moved by `stride`. tokens_per_second: reading the text; generate_tokens_per_second: writing, one sequence.
-    text: what the model wrote after the prompt. layer_errors: relative squared error of each quantized weight.
+    where bf16 was not measured. tokens: how many were scored, in windows of `context` moved by `stride`.
+    tokens_per_second: reading the text; generate_tokens_per_second: writing, one sequence. text: what the model wrote
+    after the prompt. layer_errors: relative squared error of each quantized weight.
     """
 
     format: str
@@ -57,7 +58,10 @@ class FormatResult:
 
 @dataclass
 class OutlierResult:
-    """Perplexity of one format after outlier features were put into the model. ratio: to bf16's of that model. tokens: scored."""
+    """Perplexity of one case after outlier features were put into the model.
+
+    name: of the case. ratio: to the perplexity of that model in bf16. tokens: how many were scored.
+    """
 
     name: str
     perplexity: float
@@ -87,9 +91,9 @@ def sizes(model: nn.Module, config: KbitConfig | None = None) -> Sizes:
         others = _BF16_BYTES * _other_elements(model)
         return Sizes(memory.quantized + memory.other, reference + others, memory.quantized, reference)
     chosen = select_modules(model, config or KbitConfig())
-    weights = {id(module.weight): module.weight for module in chosen.values()}
-    quantized = sum(weight.nbytes for weight in weights.values())  # type: ignore[operator, union-attr]
-    reference = _BF16_BYTES * sum(weight.numel() for weight in weights.values())  # type: ignore[operator, union-attr]
+    weights: dict[int, Tensor] = {id(m.weight): m.weight for m in chosen.values()}  # type: ignore[misc]
+    quantized = sum(weight.nbytes for weight in weights.values())
+    reference = _BF16_BYTES * sum(weight.numel() for weight in weights.values())
     return Sizes(memory.other, _BF16_BYTES * _other_elements(model), quantized, reference)
 
 

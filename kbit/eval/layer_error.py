@@ -65,9 +65,7 @@ def layer_errors(model: nn.Module, config: KbitConfig) -> list[LayerError]:
     return errors
 
 
-def quantized_layer_errors(
-    model: nn.Module, reference: Callable[[str], Tensor | None]
-) -> list[LayerError]:
+def quantized_layer_errors(model: nn.Module, reference: Callable[[str], Tensor | None]) -> list[LayerError]:
     """The error of every quantized module of `model` against weights that `reference` reads one at a time.
 
     reference: from a key such as "model.layers.0.mlp.up_proj.weight" to the tensor that was quantized, as its class

@@ -9,6 +9,8 @@ point, so the function stays the same to the last bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,9 @@ def scale_channels(norm: nn.Module, readers: list[nn.Linear], channels: Tensor, 
     before = [norm_weight[channels]] + ([bias[channels]] if bias is not None else [])
     before += [reader.weight[:, channels] for reader in readers]
     if not all(torch.equal(a, b) for a, b in zip(undone, before, strict=True)):
-        raise ValueError(f"scaling by 2**{exponent} is not exact in {norm_weight.dtype}; use a smaller exponent or bfloat16")
+        raise ValueError(
+            f"scaling by 2**{exponent} is not exact in {norm_weight.dtype}; use a smaller exponent or bfloat16"
+        )
     _check_proportional(norm)
     with torch.no_grad():
         norm_weight[channels] = up[0]
@@ -71,7 +75,7 @@ def inject_outliers(model: nn.Module, count: int = 2, exponent: int = 5) -> dict
     for name, layer in model.named_modules():
         for norm_name, (block_name, reader_names) in _READERS.items():
             norm, block = getattr(layer, norm_name, None), getattr(layer, block_name, None)
-            readers = [getattr(block, reader, None) for reader in reader_names]
+            readers: list[Any] = [getattr(block, reader, None) for reader in reader_names]
             if norm is None or not all(isinstance(reader, nn.Linear) for reader in readers):
                 continue
             channels = norm.weight.detach().abs().float().topk(count).indices.sort().values

@@ -67,7 +67,7 @@ def windows(count: int, context: int, stride: int) -> Iterator[Window]:
 
 def model_context(model: nn.Module) -> int | None:
     """The longest sequence that the model's config says it can read, or None where it says nothing."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)
@@ -87,7 +87,9 @@ def check_windows(model: nn.Module, context: int | None, stride: int | None) -> 
     if context < 1:
         raise ValueError(f"context must be at least 1 token, got {context}")
     if limit is not None and context > limit:
-        raise ValueError(f"context is {context} tokens, but this model reads {limit} at most; use a context up to {limit}")
+        raise ValueError(
+            f"context is {context} tokens, but this model reads {limit} at most; use a context up to {limit}"
+        )
     if stride is None:
         stride = max(1, context // 2)
     if not 1 <= stride <= context:
@@ -148,8 +150,8 @@ def perplexity(
                 if math.isnan(loss):
                     first = batch[0].end - keep + 1
                     raise ValueError(
-                        f"the model's loss is not a number in tokens {first} to {batch[-1].end} of the text: its weights "
-                        "or activations hold NaN or infinity (fp16 overflows at 65504; try bfloat16)"
+                        f"the model's loss is not a number in tokens {first} to {batch[-1].end} of the text: its "
+                        "weights or activations hold NaN or infinity (fp16 overflows at 65504; try bfloat16)"
                     )
                 total += loss
                 scored += targets.numel()

@@ -148,7 +148,9 @@ def size_plot(rows: Sequence[FormatResult], theme: str) -> str:
             color=_INK[theme],
         )
     if baseline is not None:
-        axes.axhline(baseline.perplexity, color=_style(BASELINE, theme)[0], linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+        axes.axhline(
+            baseline.perplexity, color=_style(BASELINE, theme)[0], linewidth=1, linestyle=(0, (4, 4)), zorder=1
+        )
     axes.set_xlabel("weights, MB")
     axes.set_ylabel("perplexity (lower is better)")
     return _image(figure)
@@ -164,7 +166,9 @@ def error_plot(rows: Sequence[FormatResult], theme: str) -> str:
         color, marker = _style(row.format, theme)
         values = [max(e.error, 1e-12) for e in row.layer_errors]
         size = 4 if len(values) <= 80 else 2
-        axes.plot(range(len(values)), values, color=color, marker=marker, markersize=size, linewidth=1.0, label=row.format)
+        axes.plot(
+            range(len(values)), values, color=color, marker=marker, markersize=size, linewidth=1.0, label=row.format
+        )
     names = [e.name for e in measured[0].layer_errors]
     starts = _layer_starts(names)
     step = max(1, len(starts) // 12)

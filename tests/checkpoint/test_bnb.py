@@ -124,7 +124,9 @@ def test_other_storage_dtypes_and_tensor_offsets() -> None:
     assert torch.equal(bnb.from_tensors(tensors, "m").codes, q.codes)
     state = json.loads(bytes(tensors["m.weight.quant_state.bitsandbytes__nf4"].numpy()))
     offset = torch.tensor(state.pop("nested_offset"), dtype=torch.bfloat16)
-    tensors["m.weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors["m.weight.quant_state.bitsandbytes__nf4"] = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8
+    )
     with pytest.raises(ValueError, match="lacks nested_offset"):
         bnb.from_tensors(tensors, "m")
     tensors["m.weight.nested_offset"] = offset

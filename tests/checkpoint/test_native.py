@@ -81,7 +81,9 @@ def test_keys_without_the_base_models_prefix(sources, tmp_path: Path) -> None:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_bytes((sources[name] / "config.json").read_bytes())
         quantize_checkpoint(folder, tmp_path / f"{name}-out", KbitConfig())
-        tiny_models.assert_same_bits(tiny_models.load(tmp_path / f"{name}-out"), tiny_models.load(sources[name], KbitConfig()))
+        tiny_models.assert_same_bits(
+            tiny_models.load(tmp_path / f"{name}-out"), tiny_models.load(sources[name], KbitConfig())
+        )
 
 
 def test_weights_are_cast_like_from_pretrained_casts_them(tmp_path: Path) -> None:
@@ -250,8 +252,8 @@ def anonymous():
 
 source, out = Path(sys.argv[1]), sys.argv[2]
 source.mkdir()
-config = LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=1280, num_hidden_layers=12, num_attention_heads=8,
-                     architectures=["LlamaForCausalLM"], dtype="bfloat16")
+config = LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=1280, num_hidden_layers=12,
+                     num_attention_heads=8, architectures=["LlamaForCausalLM"], dtype="bfloat16")
 config.save_pretrained(source)
 with torch.device("meta"):
     shapes = {k: v.shape for k, v in LlamaForCausalLM(config).state_dict().items()}

@@ -43,7 +43,16 @@ def llama() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("count", "context", "stride", "batch_size"),
-    [(50, 16, 8, 3), (50, 16, 16, 2), (50, 16, 1, 4), (33, 7, 3, 1), (17, 16, 4, 4), (10, 16, 8, 4), (2, 16, 8, 1), (64, 63, 5, 4)],
+    [
+        (50, 16, 8, 3),
+        (50, 16, 16, 2),
+        (50, 16, 1, 4),
+        (33, 7, 3, 1),
+        (17, 16, 4, 4),
+        (10, 16, 8, 4),
+        (2, 16, 8, 1),
+        (64, 63, 5, 4),
+    ],
 )
 def test_every_token_is_scored_as_if_alone(llama, count: int, context: int, stride: int, batch_size: int) -> None:
     ids = text_ids(count)

@@ -83,7 +83,9 @@ def test_everything_is_inside(report: Report) -> None:
         for name in ("src", "href", "srcset"):
             if attributes.get(name):
                 assert attributes[name].startswith("data:image/svg+xml;base64,")
-    images = [a["src"] for tag, a in page.tags if tag == "img"] + [a["srcset"] for tag, a in page.tags if tag == "source"]
+    images = [a["src"] for tag, a in page.tags if tag == "img"] + [
+        a["srcset"] for tag, a in page.tags if tag == "source"
+    ]
     assert len(images) == 4  # two plots, light and dark
     for image in images:
         assert ET.fromstring(base64.b64decode(image.partition(",")[2])).tag.endswith("svg")
@@ -93,7 +95,18 @@ def test_everything_is_inside(report: Report) -> None:
 
 def test_numbers_and_texts_are_shown(report: Report) -> None:
     text = " ".join(" ".join(Page(render(report)).text).split())
-    for piece in ("6.00 MB", "0.400×", "21.000", "1.0500×", "8.0e-03", "1,234", "17.2", "26.000", "1.3000×", "512 tokens"):
+    for piece in (
+        "6.00 MB",
+        "0.400×",
+        "21.000",
+        "1.0500×",
+        "8.0e-03",
+        "1,234",
+        "17.2",
+        "26.000",
+        "1.3000×",
+        "512 tokens",
+    ):
         assert piece in text, piece
     for piece in ("A model & its formats", "kbit eval x --text y", "2.13.0", "a processor", "how it was done", "Once"):
         assert piece in text, piece
