@@ -81,8 +81,9 @@ def layer_of(path: Path) -> str | None:
 
 
 def in_drop_in(path: Path) -> bool:
-    """The folder that poses as bitsandbytes."""
-    return path.is_relative_to(PACKAGE / "integrations" / "bitsandbytes")
+    """The folder that poses as bitsandbytes, and the examples that are written for bitsandbytes."""
+    places = (PACKAGE / "integrations" / "bitsandbytes", ROOT / "examples" / "dropin")
+    return any(path.is_relative_to(place) for place in places)
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
