@@ -12,7 +12,7 @@ from torch import Tensor
 from kbit.optim import rules, state
 from kbit.optim.rounding import round_to
 
-TABLE_COLUMNS = 14
+TABLE_COLUMNS = 16
 
 
 @dataclass
@@ -122,7 +122,7 @@ def step_native(batch: Batch) -> None:
 
 
 def table_row(batch: Batch, item: Item) -> list[int]:
-    """The addresses of an item: p, g, 3 states, 3 absmax, count, scalars row, step, compensation, seed, 0."""
+    """An item's row: p, g, 3 states, 3 absmax, count, scalars row, step, compensation, seed; the rest is for GPUs."""
     values, scales = [0, 0, 0], [0, 0, 0]
     for slot, spec in enumerate(batch.rule.states):
         values[slot] = item.state[spec.name].data_ptr()
@@ -131,5 +131,5 @@ def table_row(batch: Batch, item: Item) -> list[int]:
     compensation = item.state["compensation"].data_ptr() if batch.kahan else 0
     step = item.state["step"].data_ptr()
     return [
-        item.p.data_ptr(), item.g.data_ptr(), *values, *scales, item.p.numel(), 0, step, compensation, item.seed, 0
+        item.p.data_ptr(), item.g.data_ptr(), *values, *scales, item.p.numel(), 0, step, compensation, item.seed, 0, 0, 0
     ]  # fmt: skip

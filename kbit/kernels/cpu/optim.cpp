@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int CHUNK = 256;
-constexpr int COLUMNS = 14;   // int64 columns of a table row, see struct Row
+constexpr int COLUMNS = 16;   // int64 columns of a table row, see struct Row
 constexpr int SCALARS = 16;   // floats of a scalars row, see kbit.optim.rules.Scalars
 constexpr float SMALLEST = 1.17549435e-38f;
 
@@ -34,7 +34,7 @@ static_assert(sizeof(Scalars) == SCALARS * sizeof(float), "layout");
 
 // Pointers are stored as integers; absent ones are 0.
 struct Row {
-    int64_t p, g, state[3], absmax[3], count, scalars, step, compensation, seed, spare;
+    int64_t p, g, state[3], absmax[3], count, scalars, step, compensation, seed, first_program, base, spare;
 };
 static_assert(sizeof(Row) == COLUMNS * sizeof(int64_t), "layout");
 

@@ -13,7 +13,8 @@ import torch
 from kbit.formats.codebooks import codebook
 from kbit.kernels.cpu import compile as compiler
 
-COLUMNS = 14  # int64 columns of a table row: p, g, 3 states, 3 absmax, count, scalars row, step, compensation, seed, 0
+# int64 columns of a table row: p, g, 3 states, 3 absmax, count, scalars row, step, compensation, seed, 3 for GPUs
+COLUMNS = 16
 SCALARS = 16
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -108,7 +109,7 @@ def step(
 ) -> None:
     """Advance every tensor of a batch by one step, in place.
 
-    table: int64 [tensors, 14], addresses of contiguous tensors that the caller keeps alive. scalars: fp32 [rows, 16].
+    table: int64 [tensors, 16], addresses of contiguous tensors that the caller keeps alive. scalars: fp32 [rows, 16].
     Raises RuntimeError when memory for threads or norms runs out.
     """
     library = _library()

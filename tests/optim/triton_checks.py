@@ -1,0 +1,152 @@
+"""What test_triton.py runs in its own process: the Triton step equals the plain one to the bit."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import kbit.optim as optim
+from kbit.formats.blocks import quantize_dynamic
+from kbit.formats.codebooks import codebook
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+if DEVICE == "cpu":
+    # Where the interpreter computes differently from devices: it rounds the product of a fused multiply-add (float64
+    # holds it exactly), and cuts bf16 instead of rounding to nearest.
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fused(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    convert = interpreter._convert_float
+
+    def nearest(data, source, target, rounding):
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, rounding)
+
+    InterpreterBuilder.create_fma = fused
+    interpreter._convert_float = nearest
+
+CASES = [
+    ("Adam", {"weight_decay": 0.1}),
+    ("AdamW", {}),
+    ("AdamW", {"max_unorm": 0.01}),
+    ("AdEMAMix", {"t_alpha": 5, "t_beta3": 5}),
+    ("Lion", {"weight_decay": 0.1}),
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    ("LARS", {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}),
+    ("RMSprop", {}),
+    ("RMSprop", {"momentum": 0.9, "centered": True, "weight_decay": 0.1}),
+    ("RMSprop", {"centered": True}),
+    ("Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.5}),
+    ("LAMB", {"weight_decay": 0.1}),
+    ("AdamW", {"skip_zeros": True}),
+    ("AdamW", {"kahan": True}),
+    ("AdamW", {"stochastic_rounding": True}),
+]
+SHAPES = ((2600,), (), (0,), (1024,), (33, 129))
+
+
+def run(backend, name, settings, bits, dtype, steps=2, lr=None, bad=False):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(DEVICE, dtype)) for s in SHAPES]
+    if lr is not None:
+        settings = {**settings, "lr": lr}
+    optimizer = getattr(optim, name)(params, optim_bits=bits, min_8bit_size=1, **settings)
+    optimizer.backend = backend
+    for step in range(steps):
+        for p in params:
+            g = torch.randn(p.shape, generator=generator) * (torch.rand(p.shape, generator=generator) > 0.2)
+            if bad and step == 1 and g.numel() > 1000:
+                g.view(-1)[[0, 700]] = torch.tensor([float("nan"), float("inf")])
+            p.grad = g.to(DEVICE, dtype)
+        optimizer.step()
+    tensors = {}
+    for index, p in enumerate(params):
+        tensors[f"p{index}"] = p.detach()
+        tensors |= {f"{k}{index}": v for k, v in optimizer.state[p].items()}
+    return tensors
+
+
+def check(a, b, norms=False):
+    assert a.keys() == b.keys()
+    for key in a:
+        if norms:  # sums in another order: the factor of a tensor may differ in its last bit
+            torch.testing.assert_close(a[key].float(), b[key].float(), rtol=1e-5, atol=a[key].dtype == torch.uint8)
+            continue
+        # Equal up to the sign of zero and the bits of NaN.
+        assert torch.equal(torch.nan_to_num(a[key].float(), 7.0), torch.nan_to_num(b[key].float(), 7.0)), key
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_equals_plain_torch_to_the_bit(name, settings, bits):
+    dtype = torch.bfloat16 if settings.keys() & {"kahan", "stochastic_rounding"} else torch.float32
+    norms = name in ("LARS", "LAMB") or "max_unorm" in settings
+    check(run("triton", name, settings, bits, dtype), run("torch", name, settings, bits, dtype), norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_low_precision_parameters(bits, dtype):
+    check(run("triton", "AdamW", {"lr": 0.01}, bits, dtype), run("torch", "AdamW", {"lr": 0.01}, bits, dtype))
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_gradients_that_are_not_finite(bits):
+    results = [run(backend, "AdamW", {}, bits, torch.float32, bad=True) for backend in ("triton", "torch")]
+    check(*results)
+    assert torch.isfinite(results[0]["p0"]).all() == (bits == 8)
+
+
+def test_learning_rate_as_a_tensor_on_the_device():
+    lr = torch.tensor(0.02, device=DEVICE)
+    check(run("triton", "AdamW", {}, 8, torch.float32, lr=lr), run("torch", "AdamW", {"lr": 0.02}, 8, torch.float32))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_equal_the_oracle(signed):
+    generator = torch.Generator().manual_seed(5)
+    midpoints = codebook("dynamic8" if signed else "dynamic8-unsigned", "cpu", "midpoints")
+    wide = torch.randn(6000, generator=generator) * 10.0 ** torch.randint(-9, 9, (6000,), generator=generator)
+    parts = [torch.randn(6000, generator=generator), wide, midpoints, midpoints * 3, codebook("dynamic8"),
+             torch.zeros(300), torch.tensor([1.0]), torch.logspace(-8, 0, 5000)]  # fmt: skip
+    values = torch.cat(parts).to(DEVICE)
+    values = values if signed else values.abs().sqrt()
+    p = torch.nn.Parameter(torch.zeros_like(values))
+    p.grad = values
+    kind = optim.SGD8bit([p], lr=0.0, momentum=0.9, min_8bit_size=1) if signed else optim.Adagrad8bit([p], lr=0.0)
+    kind.backend = "triton"
+    kind.step()
+    name = "momentum_buffer" if signed else "sum"
+    codes, absmax = quantize_dynamic(values if signed else values * values, signed, 256)
+    assert torch.equal(kind.state[p][name + "_absmax"], absmax)
+    assert torch.equal(kind.state[p][name], codes)
+
+
+def test_unaligned_views_and_mixed_groups():
+    """Views that start anywhere, and two dtypes: fp32 of 8 and 32 bits, and bf16."""
+    results = []
+    for backend in ("triton", "torch"):
+        generator = torch.Generator().manual_seed(0)
+        whole = torch.randn(9000, generator=generator).to(DEVICE)
+        params = [torch.nn.Parameter(whole[3:4700]), torch.nn.Parameter(whole[4701:4711])]
+        params.append(torch.nn.Parameter(torch.randn(5000, generator=generator).to(DEVICE, torch.bfloat16)))
+        optimizer = optim.AdamW8bit(params, lr=0.01)
+        optimizer.backend = backend
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+            optimizer.step()
+        results.append({str(i): p.detach() for i, p in enumerate(params)})
+    check(*results)
