@@ -2,8 +2,9 @@
 
     python collect.py --work DIR            # DIR gets deb/, x/ and the results train.jsonl, heldout.txt, domain_*.txt
 
-A document is one file (or one chapter, or one run of dictionary entries). Splits are by document; what a training paragraph shares with a
-held-out text is then removed from training. Packages already under DIR/deb are not fetched again. Deterministic for given packages.
+A document is one file (or one chapter, or one run of dictionary entries). Splits are by document; what a training
+paragraph shares with a held-out text is then removed from training. Packages already under DIR/deb are not fetched
+again. Deterministic for given packages.
 """
 
 from __future__ import annotations
@@ -254,7 +255,8 @@ def main() -> None:
     for s in sorted(sources, key=lambda s: -s["train_bytes"]):
         print(f"{s['train_bytes'] / 1e6:7.2f} MB  {s['package']}")
     print(
-        f"{data['train_bytes'] / 1e6:.1f} MB in {len(train)} documents, {removed} paragraphs removed; held out {sum(len(d['text']) for d in held)}"
+        f"{data['train_bytes'] / 1e6:.1f} MB in {len(train)} documents, {removed} paragraphs removed; "
+        f"held out {sum(len(d['text']) for d in held)}"
     )
 
 

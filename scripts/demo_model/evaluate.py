@@ -1,8 +1,9 @@
-"""Strided perplexity of a model folder, in bf16 and with its linear layers rounded to int8, NF4 and FP4 (a simulation in plain torch).
+"""Strided perplexity of a model folder, in bf16 and with its linear layers rounded to int8, NF4 and FP4.
 
     python evaluate.py MODEL --text FILE [--device cuda]
 
-It depends on nothing else of this repository, so that the recipe can be checked by itself. The tied head stays in bf16.
+A simulation in plain torch that depends on nothing else of this repository, so that the recipe can be checked by
+itself. The tied head stays in bf16.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def blockwise(
     codes = torch.tensor(table, device=weight.device)
     unit = blocks / scale.clamp_min(1e-38)
     rounded = codes[torch.bucketize(unit, (codes[1:] + codes[:-1]) / 2)]
-    if double:  # scales less their mean, in 8 bits per 256 scales; linear codes stand in for the dynamic map, whose error is alike
+    if double:  # scales less their mean, in 8 bits; linear codes stand in for the dynamic map, whose error is alike
         mean = scale.mean()
         flat = (scale - mean).reshape(-1)
         padded = F.pad(flat, (0, -len(flat) % 256)).reshape(-1, 256)
@@ -88,7 +89,7 @@ def in_format(model: nn.Module, name: str) -> nn.Module:
 def perplexity(
     model: nn.Module, ids: Tensor, context: int = 512, stride: int = 256, batch: int = 16
 ) -> float:  # ids [T]
-    """exp of the mean loss of every token but the first; each is predicted with at least context - stride tokens before it."""
+    """exp of the mean loss of every token but the first, each after at least context - stride tokens if there are."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     starts = list(range(0, max(1, len(ids) - context + stride), stride))

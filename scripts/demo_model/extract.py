@@ -1,11 +1,12 @@
 """English prose out of the formats in which documentation is packaged: HTML, man, POD, Mallard, plain text.
 
-Every reader returns a list of paragraphs (one line each). What is not prose is dropped twice: by markup here (code, tables, menus,
-indexes) and by `is_prose`, which looks at the words.
+Every reader returns a list of paragraphs (one line each). What is not prose is dropped twice: by markup here (code,
+tables, menus, indexes) and by `is_prose`, which looks at the words.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import lzma
 import re
@@ -60,8 +61,11 @@ DROP_CLASS = re.compile(
     re.I,
 )
 STOP = set(
-    "the of and to a in is that it for on with as be this are by or an from can not you if will at which when have may has used use one "
-    "all your any was but other than more also its he his they we their there into only should no do does so each these such then i she her him my "
+    "the of and to a in is that it for on with as be this are by or an from can not you if will at "
+    "which when have may has "
+    "used use one "
+    "all your any was but other than more also its he his they we their there into only should no do does so "
+    "each these such then i she her him my "
     "would were had been what how who them our out up some about where because".split()
 )
 WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
@@ -291,27 +295,22 @@ def read_dict(text: str) -> list[tuple[str, list[str]]]:
 
 
 def read_rdb(data: bytes) -> list[str]:
-    """Strings of an R lazy-load database, in their order: each chunk is a length, a type byte for xz or bzip2, and a stream."""
-    import bz2
-
+    """Strings of an R lazy-load database in order: chunks are a length, a type byte for xz or bzip2, a stream."""
     strings: list[str] = []
     i = 0
     while i + 5 < len(data):
         raw = None
-        for at, opener in ((4, zlib.decompress), (5, lzma.decompress), (5, bz2.decompress)):
+        for kind in ("zlib", "bzip2", "xz"):
             try:
-                if at == 4:
-                    d = zlib.decompressobj()
-                    raw = d.decompress(data[i + 4 :])
-                    used = len(data) - i - len(d.unused_data)
-                elif data[i + 4 : i + 5] == b"2":
-                    db = bz2.BZ2Decompressor()
-                    raw = db.decompress(data[i + 5 :])
-                    used = len(data) - i - len(db.unused_data)
+                if kind == "zlib":
+                    stream, start = zlib.decompressobj(), i + 4
+                elif kind == "bzip2":
+                    stream, start = bz2.BZ2Decompressor(), i + 5
                 else:
-                    dl = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}])
-                    raw = dl.decompress(data[i + 5 :])
-                    used = len(data) - i - len(dl.unused_data)
+                    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+                    stream, start = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters), i + 5
+                raw = stream.decompress(data[start:])
+                used = len(data) - i - len(stream.unused_data)
                 break
             except Exception:
                 continue

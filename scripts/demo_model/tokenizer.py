@@ -2,8 +2,8 @@
 
     python tokenizer.py --work DIR --out FOLDER --ids FILE.u16.xz
 
-FOLDER gets tokenizer.json and tokenizer_config.json, which AutoTokenizer reads. Each document is followed by <eos>; `<bos>` opens a text at
-inference and stands before each document in training.
+FOLDER gets tokenizer.json and tokenizer_config.json, which AutoTokenizer reads. Each document is followed by <eos>;
+`<bos>` opens a text at inference and stands before each document in training.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main() -> None:
     with lzma.open(args.ids, "wb", preset=4) as f:
         f.write(flat.tobytes())
     print(
-        f"{len(flat) / 1e6:.2f} M tokens, {sum(len(t.encode()) for t in texts) / len(flat):.3f} bytes a token, {args.ids.stat().st_size / 1e6:.1f} MB"
+        f"{len(flat) / 1e6:.2f} M tokens, {sum(len(t.encode()) for t in texts) / len(flat):.3f} bytes a token, "
+        f"{args.ids.stat().st_size / 1e6:.1f} MB"
     )
 
 

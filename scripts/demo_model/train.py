@@ -2,11 +2,12 @@
 
     python train.py --ids FILE.u16.xz --tokenizer FOLDER --heldout heldout.txt --out FOLDER --minutes 2.45
 
-Method: windows of 512 tokens from packed documents, reshuffled with a new offset each epoch; bf16 autocast over fp32 weights; Muon for the matrices of the
-blocks, AdamW for the shared embedding and the norms; warm-up, a constant rate, then a linear fall to zero. The rate follows the clock,
-so that the schedule ends inside the time given. Weights are rounded to bf16 once, at the end, and evaluated as rounded.
-Each step sees the matrices of the blocks with fresh Gaussian noise, a share `--noise` of each matrix's size (Graves 2011): with many
-epochs it holds back overfitting, and it favours weights that bear rounding. No quantization format takes part in training.
+Method: windows of 512 tokens from packed documents, reshuffled with a new offset each epoch; bf16 autocast over
+fp32 weights; Muon for the matrices of the blocks, AdamW for the shared embedding and the norms; warm-up, a constant
+rate, then a linear fall to zero. The rate follows the clock, so that the schedule ends inside the time given.
+Weights are rounded to bf16 once, at the end, and evaluated as rounded. Each step sees the matrices of the blocks
+with fresh Gaussian noise, a share `--noise` of each matrix's size (Graves 2011): with many epochs it holds back
+overfitting, and it favours weights that bear rounding. No quantization format takes part in training.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_atte
 
 
 class Muon:
-    """Momentum, then the nearest orthogonal matrix by Newton-Schulz (Jordan et al. 2024), scaled to AdamW's update size (Moonlight, 2025).
+    """Momentum, then the nearest orthogonal matrix (Newton-Schulz; Jordan et al. 2024), in AdamW's size (Moonlight).
 
     Matrices of one shape are stacked and stepped together.
     """
@@ -196,7 +197,8 @@ def main() -> None:
     ready = time.monotonic()
     budget = args.minutes * 60 - (ready - START) - 10
     print(
-        f"{n_params / 1e6:.2f} M parameters, {len(ids) / 1e6:.1f} M tokens, held out {len(held)}; ready after {ready - START:.0f} s, training for {budget:.0f} s",
+        f"{n_params / 1e6:.2f} M parameters, {len(ids) / 1e6:.1f} M tokens, held out {len(held)}; "
+        f"ready after {ready - START:.0f} s, training for {budget:.0f} s",
         flush=True,
     )
 
