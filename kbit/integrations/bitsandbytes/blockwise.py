@@ -56,6 +56,7 @@ def quantize_4bit(
         offset = offset.reshape(())
         code = codebook("dynamic8", A.device).clone()
         state2 = QuantState(nested_absmax, code=code, blocksize=256, dtype=torch.float32)
+        state2._own_code = False
     if absmax is not None:
         scales = absmax.copy_(scales)
     state = QuantState(

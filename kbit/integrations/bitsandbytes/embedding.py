@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kbit.checkpoint.bnb import as_bytes
 from kbit.integrations.bitsandbytes.identity import lives_in
 from kbit.integrations.bitsandbytes.linear import Module4bit, weight_state
-from kbit.integrations.bitsandbytes.params import Int8Params, Params4bit
+from kbit.integrations.bitsandbytes.params import Int8Params, Params4bit, apply_across_meta
 
 
 def _keep_state_in_32_bits(module: nn.Embedding) -> None:
@@ -146,6 +146,7 @@ class Embedding8bit(nn.Embedding):
         self.weight = Int8Params(self.weight.data, has_fp16_weights=False, requires_grad=False)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        apply_across_meta(self, fn)
         super()._apply(fn, recurse)
         weight = self.weight
         if isinstance(weight, Int8Params) and weight.dtype == torch.int8 and not weight.is_meta:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kbit.checkpoint import bnb
 from kbit.integrations.bitsandbytes.identity import lives_in
 from kbit.integrations.bitsandbytes.matmul import MatmulLtState, matmul, matmul_4bit
-from kbit.integrations.bitsandbytes.params import Int8Params, Params4bit
+from kbit.integrations.bitsandbytes.params import Int8Params, Params4bit, apply_across_meta
 from kbit.integrations.bitsandbytes.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,10 @@ class Module4bit(nn.Module):
 
     quant_state: QuantState | None
     weight_shape: tuple[int, int]
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        apply_across_meta(self, fn)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -217,7 +221,7 @@ class LinearNF4(Linear4bit):
 class Linear8bitLt(nn.Linear):
     """LLM.int8() (arXiv 2208.07339): `y = x W^T + b` with row-wise int8 weights, on every device.
 
-    has_fp16_weights: keep the weight in floating point, train it, and take its codes in every training step; False
+    has_fp16_weights: keep the weight in floating point, train it, and take its codes in every product; False
     quantizes it for good when the layer moves to a device. threshold: outlier columns of x with a magnitude of at
     least this are multiplied in x's dtype; 0 turns that off. The product has x's dtype.
     """
@@ -247,6 +251,7 @@ class Linear8bitLt(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves take the state along, wherever it is kept at the moment; scales stay fp32."""
+        apply_across_meta(self, fn)
         super()._apply(fn, recurse)
         weight = self.weight
         if not isinstance(weight, Int8Params):

@@ -27,7 +27,7 @@ class MatmulLtState:
     """What a Linear8bitLt keeps beside its weight.
 
     CB: int8 codes `[N, K]`. SCB: fp32 row absmax `[N]`. threshold: outlier threshold of the activations.
-    has_fp16_weights: the weight is in floating point and is quantized anew in every training step.
+    has_fp16_weights: the weight is in floating point and is quantized anew in every product.
     The other fields exist because other libraries read or write them; they hold nothing here.
     """
 
@@ -100,14 +100,15 @@ def matmul(
 ) -> Tensor:
     """LLM.int8(): `A [..., K] @ B [N, K]^T + bias` with int8 codes of B, in A's dtype.
 
-    state: holds the codes once they exist; B is quantized into it when it has none, and, with has_fp16_weights, in
-    every training step. threshold: columns of A with a magnitude of at least this are multiplied in A's dtype.
+    state: holds the codes once they exist; B is quantized into it when it has none, and, with has_fp16_weights, every
+    time. threshold: columns of A with a magnitude of at least this are multiplied in A's dtype.
     Differentiable in A and bias, and in B where has_fp16_weights.
     """
     state = state if state is not None else MatmulLtState()
     if threshold > 0.0:
         state.threshold = threshold
-    stale = state.has_fp16_weights and state.is_training and getattr(B, "grad", None) is None
+    # A trained weight may have changed since its codes were taken, in ways that no version counter sees.
+    stale = state.has_fp16_weights and B.is_floating_point()
     if state.CB is None or state.SCB is None or stale:
         state.reset_grads()
         if B.dtype == torch.int8:

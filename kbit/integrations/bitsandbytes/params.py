@@ -26,6 +26,8 @@ _raw_data = torch.Tensor.data  # type: ignore[attr-defined]
 
 
 def _parse_to(args: Any, kwargs: Any) -> tuple[torch.device | None, torch.dtype | None, bool]:
+    if args and type(args[0]) is int and not torch.accelerator.is_available():
+        args = ("cpu", *args[1:])  # accelerate quantizes on device 0 whatever there is
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
     return device, dtype, non_blocking
 
@@ -332,3 +334,21 @@ class Int8Params(_MovedByName):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return type(self), (self.data, self.requires_grad, self.has_fp16_weights, self.CB, self.SCB)
+
+
+def apply_across_meta(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Apply a move from or to the meta device to the weight of `module`: nn.Module would lose the Parameter's class."""
+    weight = module._parameters["weight"]
+    if not isinstance(weight, (Params4bit, Int8Params)):
+        return
+    probe = fn(torch.empty(0, dtype=torch.uint8, device=weight.device))
+    if not isinstance(probe, Tensor) or probe.is_meta == weight.is_meta:
+        return
+    new = fn(weight)
+    if isinstance(weight, Params4bit) and not isinstance(new, Params4bit):  # to_empty
+        new = weight._like(new, weight.quant_state, weight.module)
+    elif isinstance(weight, Int8Params) and not isinstance(new, Int8Params):
+        new = weight._like(new, None, weight.SCB)
+    module._parameters["weight"] = new
+    if isinstance(new, Params4bit):
+        new._share_state()

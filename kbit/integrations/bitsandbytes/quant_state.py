@@ -117,6 +117,7 @@ class QuantState:
                 code=tensors["nested_quant_map"].to(device, torch.float32),
                 dtype=torch.float32,
             )
+            state2.has_own_code()  # asked once, here: comparing tables waits for the device
         absmax = tensors["absmax"]
         return cls(
             absmax=absmax.to(device) if nested else absmax.to(device, torch.float32),
@@ -210,12 +211,6 @@ class QuantState:
         )
 
     __hash__ = None  # type: ignore[assignment]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
 
 def _entry(key: str) -> str:
