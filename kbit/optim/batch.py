@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ class Item:
     g: Tensor
     state: dict[str, Any]
     seed: int
-    # Where a non-contiguous parameter is copied back to after the step.
+    # Where a non-contiguous parameter is copied back to after the step; the parameter itself and its address.
     target: Tensor | None = None
+    owner: Tensor = field(default_factory=lambda: torch.empty(0))
+    address: int = 0
 
 
 @dataclass
@@ -131,5 +133,6 @@ def table_row(batch: Batch, item: Item) -> list[int]:
     compensation = item.state["compensation"].data_ptr() if batch.kahan else 0
     step = item.state["step"].data_ptr()
     return [
-        item.p.data_ptr(), item.g.data_ptr(), *values, *scales, item.p.numel(), 0, step, compensation, item.seed, 0, 0, 0
+        item.p.data_ptr(), item.g.data_ptr(), *values, *scales, item.p.numel(), 0, step,
+        compensation, item.seed, 0, 0, 0
     ]  # fmt: skip

@@ -53,6 +53,8 @@ class Plan:
         self.buffer = torch.empty(size, dtype=torch.int64, device=device)
         self.hyper: tuple[float, ...] = ()
         self.dirty = True
+        self.identity: list[int] = []
+        self.addresses: list[tuple[int, int]] = []
         # Used when a CUDA graph is being captured: then a copy's source must live as long as the graph.
         self.spare = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.aligned = False

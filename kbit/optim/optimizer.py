@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kbit.optim import state as states
 from kbit.optim.batch import Batch, Item, step_native, step_plain
 from kbit.optim.checkpoint import load_groups, load_state
+from kbit.optim.paging import synchronize
 from kbit.optim.rules import Rule, rule_for
 
 # What the constructor decides, and a checkpoint does not change.
@@ -68,6 +69,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         structure |= {"stochastic_rounding": stochastic_rounding, "kahan": kahan}
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
+        self._batches: dict[int, tuple[Any, list[Tensor], list[Batch]]] = {}
         #: "auto", or "torch", "native" (compiled C++), "triton" to insist on one.
         self.backend = "auto"
         super().__init__(params, {**defaults, **structure})
@@ -106,7 +108,7 @@ class KbitOptimizer(torch.optim.Optimizer):
             wanted = {**self._overrides.get(p, {}), **config}
             _check({**groups[p], **wanted})
             self._overrides[p] = wanted
-        self._plans.clear()
+        self._forget()
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -128,18 +130,55 @@ class KbitOptimizer(torch.optim.Optimizer):
     def _run(self) -> None:
         seed = 0
         for number, group in enumerate(self.param_groups):
-            batches: dict[Any, Batch] = {}
-            for p in group["params"]:
-                seed += 1
-                if p.grad is None:
-                    continue
-                config = group if p not in self._overrides else {**group, **self._overrides[p]}
-                own = id(p) if config is not group else 0
-                self._add(batches, p, config, seed, own)
-            for key, batch in batches.items():
-                self._dispatch(batch, (number, key))
+            batches = self._cached_batches(number, group)
+            if batches is None:
+                found: dict[Any, Batch] = {}
+                for index, p in enumerate(group["params"], seed):
+                    if p.grad is None:
+                        continue
+                    config = group if p not in self._overrides else {**group, **self._overrides[p]}
+                    self._add(found, p, config, index)
+                batches = list(found.values())
+                self._remember(number, group, batches)
+            seed += len(group["params"])
+            for place, batch in enumerate(batches):
+                self._dispatch(batch, (number, place))
 
-    def _add(self, batches: dict[Any, Batch], p: Tensor, config: dict[str, Any], seed: int, own: int) -> None:
+    def _cached_batches(self, number: int, group: dict[str, Any]) -> list[Batch] | None:
+        """The batches of the last step with the new gradients, or None where anything but addresses has changed."""
+        cached = self._batches.get(number)
+        if cached is None or cached[0] != _signature(self, group):
+            return None
+        for p in cached[1]:
+            if p.grad is not None:
+                return None
+        state = self.state
+        for batch in cached[2]:
+            for item in batch.items:
+                p = item.owner
+                grad = p.grad
+                if (
+                    grad is None
+                    or grad.dtype != item.g.dtype
+                    or grad.layout != torch.strided
+                    or not grad.is_contiguous()
+                    or p.data_ptr() != item.address
+                    or state.get(p) is not item.state
+                ):
+                    return None
+                item.g = grad
+        return cached[2]
+
+    def _remember(self, number: int, group: dict[str, Any], batches: list[Batch]) -> None:
+        """Keep batches for the next step, unless something needs a look at every step: copies, overrides, shards."""
+        self._batches.pop(number, None)
+        items = [item for batch in batches for item in batch.items]
+        plain = all(item.target is None and item.p.data_ptr() == item.owner.data_ptr() for item in items)
+        if plain and not any(p in self._overrides for p in group["params"]):
+            idle = [p for p in group["params"] if p.grad is None]
+            self._batches[number] = (_signature(self, group), idle, batches)
+
+    def _add(self, batches: dict[Any, Batch], p: Tensor, config: dict[str, Any], seed: int) -> None:
         """Put a parameter into the batch of its kind."""
         grad = p.grad
         assert grad is not None
@@ -155,7 +194,8 @@ class KbitOptimizer(torch.optim.Optimizer):
         target = None
         if not local.is_contiguous():
             target, local = local, local.contiguous()
-        item = Item(local, local_grad.contiguous(), _local_state(state), seed, target)
+        item = Item(local, local_grad.contiguous(), _local_state(state), seed, target, p, p.data_ptr())
+        own = id(p) if p in self._overrides else 0
         paged = bool(rule.states) and state[rule.states[0].name].device != p.device
         key = (p.device, p.dtype, grad.dtype, bits8, paged, rule, own)
         if key not in batches:
@@ -194,6 +234,11 @@ class KbitOptimizer(torch.optim.Optimizer):
 
     # -- saving and loading -----------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """States and settings, as torch.optim has them; paged states have arrived in host memory when it returns."""
+        synchronize(self.state)
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, exactly; also checkpoints of bitsandbytes and torch.optim.
 
@@ -210,15 +255,27 @@ class KbitOptimizer(torch.optim.Optimizer):
             group.update(new)
         self.state.clear()
         self.state.update(loaded)
-        self._plans.clear()
+        self._forget()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _forget(self) -> None:
+        """Drop what was prepared for the next step: states or settings have changed."""
+        synchronize(self.state)
+        self._plans.clear()
+        self._batches.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_overrides", {})
-        self.__dict__.setdefault("_plans", {})
+        self.__dict__.update(_plans={}, _batches={})
         self.__dict__.setdefault("backend", "auto")
+
+
+def _signature(optimizer: KbitOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a group's batches depend on beside its tensors."""
+    keys = ("optim_bits", "min_8bit_size", "is_paged", "stochastic_rounding", "kahan", "skip_zeros")
+    return rule_for(optimizer.algorithm, group), len(group["params"]), *(group[key] for key in keys)
 
 
 def _local(x: Tensor) -> Tensor:

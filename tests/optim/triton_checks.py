@@ -150,3 +150,41 @@ def test_unaligned_views_and_mixed_groups():
             optimizer.step()
         results.append({str(i): p.detach() for i, p in enumerate(params)})
     check(*results)
+
+
+@pytest.mark.parametrize("extra", [{}, {"max_unorm": 0.02}])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_paged_chunks_equal_the_unpaged_step_to_the_bit(bits, extra, monkeypatch):
+    """Chunks of 512 to 2048 elements that cut tensors, two staging buffers, random bits by element: same results."""
+    from kbit.optim import paging, state
+
+    monkeypatch.setattr(paging, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(state, "MIN_PAGED_SIZE", 1)
+    results = []
+    for paged in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        sizes = (300, 5000, 0, 1111)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(DEVICE, torch.bfloat16)) for n in sizes]
+        options = {"optim_bits": bits, "min_8bit_size": 1, "stochastic_rounding": True, **extra}
+        optimizer = optim.AdamW(params, lr=0.01, is_paged=paged, **options)
+        optimizer.backend = "triton"
+        if paged and DEVICE == "cpu":  # no pinned memory here: take the paged path with ordinary memory
+            from kbit.optim import gpu
+
+            def step(batch, plans, key):
+                inner = {} if batch.rule.norm else plans
+                paging.step_paged(batch, inner, (key, "paged"))
+
+            original = gpu.step_triton
+            if not extra:
+                monkeypatch.setattr(gpu, "step_triton", step)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+            optimizer.step()
+        if paged and DEVICE == "cpu":
+            monkeypatch.setattr(gpu, "step_triton", original)
+        optimizer.state_dict()
+        results.append({f"{k}{i}": v.cpu() for i, p in enumerate(params) for k, v in optimizer.state[p].items()})
+        results[-1] |= {f"p{i}": p.detach().cpu() for i, p in enumerate(params)}
+    check(*results)

@@ -1,0 +1,1 @@
+"""Benchmarks of optimizer steps, paired in one run with torch and bitsandbytes."""
