@@ -85,8 +85,8 @@ def _plug(name: str) -> None:
         _PLUGS[name]()
     except Exception as error:  # whatever a version that we have not seen throws
         warnings.warn(
-            f"kbit could not plug itself into {library} ({type(error).__name__}: {error}); quantized models will not work "
-            "with it. kbit supports transformers 4.57 and newer, and peft 0.21 and newer.",
+            f"kbit could not plug itself into {library} ({type(error).__name__}: {error}); quantized models will not "
+            "work with it. kbit supports transformers 4.57 and newer, and peft 0.21 and newer.",
             stacklevel=2,
         )
 

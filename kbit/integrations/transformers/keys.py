@@ -52,7 +52,7 @@ def stored_shape(module: QuantizedModule, part: str) -> tuple[int, ...]:
 
 
 def fit(key: str, value: Tensor, module: QuantizedModule, part: str) -> Tensor:
-    """`value` as the module holds it. ValueError that names the key where shape or dtype are not those of the format."""
+    """`value` as the module holds it. ValueError that names the key where shape or dtype do not fit the format."""
     shape, dtype = expected_part(module, part)
     if value.dtype == dtype and tuple(value.shape) in (shape, stored_shape(module, part)):
         return value.view(shape)
@@ -63,8 +63,8 @@ def _mismatch(key: str, dtype: object, shape: Sequence[int], module: QuantizedMo
     want = expected_part(module, part)[1]
     return (
         f"{key} is {dtype} {list(shape)} in the checkpoint, but a {module.weight_format.label} weight of "
-        f"{list(module.weight_shape)} stores {want} {list(stored_shape(module, part))} there. The checkpoint is damaged, "
-        "or its config.json belongs to another one."
+        f"{list(module.weight_shape)} stores {want} {list(stored_shape(module, part))} there. The checkpoint is "
+        "damaged, or its config.json belongs to another one."
     )
 
 
@@ -121,8 +121,8 @@ def check_complete(model: Any, modules: dict[str, QuantizedModule], missing: set
             surplus.add(key)
     if surplus:
         raise ValueError(
-            f"the checkpoint holds {_listed(surplus)}, for which this model has no place. Its config.json (skip_modules, "
-            "quantize_embeddings, double_quant) is not the one that it was saved with."
+            f"the checkpoint holds {_listed(surplus)}, for which this model has no place. Its config.json "
+            "(skip_modules, quantize_embeddings, double_quant) is not the one that it was saved with."
         )
 
 

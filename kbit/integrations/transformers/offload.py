@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kbit.integrations.transformers.keys import fit
-from kbit.nn.base import QuantizedModule, quantize_weight
+from kbit.integrations.transformers.pieces import quantize_in_pieces
+from kbit.nn.base import QuantizedModule
 from kbit.nn.convert import is_conv1d_class
 
 
@@ -103,7 +104,7 @@ def _quantize_to_disk(raw: Tensor, name: str, module: QuantizedModule, found: An
 
     raw = raw.to(module.weight_dtype)
     weight = raw.t() if is_conv1d_class(module.original_class) else raw
-    parts = quantize_weight(weight, module.weight_format, f"{name}.weight")
+    parts = quantize_in_pieces(weight, module.weight_format, f"{name}.weight")
     os.makedirs(folder, exist_ok=True)
     file = os.path.join(folder, f"{name}.kbit.safetensors")
     save_file({f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}, file)

@@ -13,7 +13,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from kbit.integrations.transformers import keys, offload, ties
 from kbit.integrations.transformers.config import KbitConfig
-from kbit.nn.base import QuantizedModule, quantize_weight
+from kbit.integrations.transformers.heap import Trimmer, trim
+from kbit.integrations.transformers.pieces import quantize_in_pieces
+from kbit.nn.base import QuantizedModule
 from kbit.nn.convert import dequantize_model, is_conv1d_class, replace_empty
 from kbit.nn.select import output_heads
 
@@ -38,6 +40,7 @@ class KbitQuantizer(HfQuantizer):
         self.modules: dict[str, QuantizedModule] = {}
         self.groups: ties.Groups = []
         self.missing: set[str] = set()
+        self.trimmer = Trimmer()
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class KbitQuantizer(HfQuantizer):
                 "(quantization_config)."
             )
         module.weight_dtype = weight.dtype
-        return {f"{name}.{part}": t for part, t in quantize_weight(weight, module.weight_format, key).items()}
+        return {f"{name}.{part}": t for part, t in quantize_in_pieces(weight, module.weight_format, key).items()}
 
     # -- after loading ------------------------------------------------------------------------------------------------
 
@@ -174,6 +177,7 @@ class KbitQuantizer(HfQuantizer):
         vars(model).pop(_ADJUST, None)
         self._settle_weights(model)
         ties.trim_biases(model, self.groups)
+        trim()
         model.config.quantization_config = self.quantization_config
         # Keys are saved as the modules have them, not renamed back to those of the checkpoint they came from.
         model._weight_conversions = []

@@ -42,9 +42,7 @@ class KbitQuantizerV4(KbitQuantizer):
         if self.pre_quantized:
             self.missing = {key for key in missing_keys if keys.split(key, self.modules)}
             return [key for key in missing_keys if key not in self.missing]
-        self.missing = {
-            key for key in missing_keys if keys.split(key, self.modules) and not self._is_scale(key)
-        }
+        self.missing = {key for key in missing_keys if keys.split(key, self.modules) and not self._is_scale(key)}
         return [key for key in missing_keys if not self._is_scale(key)]
 
     def create_quantized_param(
@@ -63,7 +61,9 @@ class KbitQuantizerV4(KbitQuantizer):
         if self.pre_quantized:
             parts = {part: keys.fit(param_name, param_value[...], self.modules[name], part).to(target_device)}
         else:
+            self.trimmer.freed(param_value.nbytes)  # the caller let go of the one before when it read this one
             quantized = self.quantize(param_name, param_value[...].to(target_device))
+            self.trimmer.freed(param_value.nbytes)
             parts = {key.rpartition(".")[2]: tensor for key, tensor in quantized.items()}
         for key, tensor in parts.items():
             parameter = torch.nn.Parameter(tensor, requires_grad=False)

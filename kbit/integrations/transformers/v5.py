@@ -37,7 +37,9 @@ class QuantizedParts(dict[str, Any]):
                 continue
             weight = weight[0] if isinstance(weight, list) else weight
             parts.update(self.quantizer.quantize(key, weight))
+            nbytes = weight.nbytes
             del weight
+            self.quantizer.trimmer.freed(nbytes)
         return parts.items()
 
 
