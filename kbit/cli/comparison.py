@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
 OUTLIER_NOTE = (
     "Large models grow a few hidden features that are tens of times larger than the rest; small ones do not. Here "
-    "{count} channels of every norm's output were multiplied by {scale} and the columns of the weights that read them "
-    "divided by it, which changes nothing that the model computes (powers of two are exact). Without a threshold the "
-    "large features take the int8 range from all others; with threshold 6 they are multiplied in 16 bits."
+    "one channel of every norm's output was multiplied by {scale} and the columns of the weights that read it divided "
+    "by it, which changes nothing that the model computes (powers of two are exact). Without a threshold the "
+    "large feature takes the int8 range from all others; with threshold 6 it is multiplied in 16 bits."
 )
 
 
 @contextmanager
 def token_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, fed with (done, total)."""
+    """A progress bar on stderr, fed with (done, total); nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -76,7 +77,7 @@ def compare(
     return rows
 
 
-def outliers(source: Source, ids: Any, count: int, exponent: int, **perplexity_args: Any) -> list[OutlierResult]:
+def outliers(source: Source, ids: Any, exponent: int, **perplexity_args: Any) -> list[OutlierResult]:
     """The outlier experiment on MODEL, with a bar for its three cases."""
     from kbit.eval.compare import OUTLIER_CASES, compare_outliers
 
@@ -89,7 +90,7 @@ def outliers(source: Source, ids: Any, count: int, exponent: int, **perplexity_a
             done += 1
 
         return compare_outliers(
-            lambda: load_model(source, "bf16"), ids, step=step, count=count, exponent=exponent, **perplexity_args
+            lambda: load_model(source, "bf16"), ids, step=step, exponent=exponent, **perplexity_args
         )
 
 

@@ -162,8 +162,8 @@ def compare_outliers(
     ids: Tensor,
     *,
     step: Callable[[str], None] | None = None,
-    count: int = 2,
-    exponent: int = 5,
+    count: int = 1,
+    exponent: int = 6,
     **perplexity_args: Any,
 ) -> list[OutlierResult]:
     """Put outlier features into a model and measure it in bf16, in plain int8 and in LLM.int8().

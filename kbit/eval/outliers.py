@@ -59,7 +59,7 @@ def scale_channels(norm: nn.Module, readers: list[nn.Linear], channels: Tensor, 
             reader.weight[:, channels] = columns
 
 
-def inject_outliers(model: nn.Module, count: int = 2, exponent: int = 5) -> dict[str, list[int]]:
+def inject_outliers(model: nn.Module, count: int = 1, exponent: int = 6) -> dict[str, list[int]]:
     """Give every decoder layer of a Llama-like model outlier features, in place and exactly.
 
     model: a floating point transformers model with `model.layers[i]` that hold `input_layernorm` before q/k/v_proj and

@@ -1,0 +1,67 @@
+"""What the shipped model promises, on a larger piece of the held-out text than the quick demo reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kbit import KbitConfig, quantize_model
+from kbit.assets import demo_model, heldout_text
+from kbit.eval import encode, inject_outliers, layer_errors, perplexity
+
+TOKENS = 12_000
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    from transformers import AutoTokenizer
+
+    with open(heldout_text(), encoding="utf-8") as stream:
+        return encode(AutoTokenizer.from_pretrained(demo_model()), stream.read())
+
+
+def load() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def values(ids: Tensor) -> dict[str, float]:
+    """Perplexity by format."""
+    result = {"bf16": perplexity(load(), ids, max_tokens=TOKENS).value}
+    for name in ("int8", "nf4", "fp4"):
+        model = quantize_model(load(), KbitConfig.from_format(name))
+        result[name] = perplexity(model, ids, max_tokens=TOKENS).value
+    return result
+
+
+def test_it_has_learnt_the_language(values: dict[str, float]) -> None:
+    """Far below the perplexity of its vocabulary of 4,096."""
+    assert values["bf16"] < 30
+
+
+def test_int8_and_nf4_stay_close_and_in_order(values: dict[str, float]) -> None:
+    assert values["bf16"] < values["int8"] <= 1.005 * values["bf16"]
+    assert values["int8"] < values["nf4"] <= 1.06 * values["bf16"]
+    assert values["nf4"] < values["fp4"]
+
+
+def test_error_of_the_weights_follows_the_same_order() -> None:
+    model = load()
+    errors = {name: layer_errors(model, KbitConfig.from_format(name)) for name in ("int8", "nf4", "fp4")}
+    for int8, nf4, fp4 in zip(*errors.values(), strict=True):
+        assert int8.name == nf4.name == fp4.name
+        assert int8.error < nf4.error / 20 < fp4.error / 20
+
+
+def test_outliers_change_nothing_in_bf16(ids: Tensor) -> None:
+    model = load()
+    with torch.no_grad():
+        before = model(input_ids=ids[None, :200]).logits
+        inject_outliers(model)
+        after = model(input_ids=ids[None, :200]).logits
+    assert torch.equal(before, after)
