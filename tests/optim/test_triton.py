@@ -1,5 +1,8 @@
-"""The Triton step against plain torch. Without a GPU it runs in Triton's interpreter, which must be chosen before triton
-is imported: so this file starts the checks in triton_checks.py in a process of their own."""
+"""The Triton step against plain torch.
+
+Without a GPU it runs in Triton's interpreter, which must be chosen before triton is imported: so this file starts the
+checks in triton_checks.py in a process of their own.
+"""
 
 from __future__ import annotations
 

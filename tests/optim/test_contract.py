@@ -1,0 +1,323 @@
+"""torch.optim.Optimizer's contract: groups, closures, state dicts, schedulers, GradScaler, compile; overrides."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+
+import pytest
+import torch
+
+import kbit.optim as optim
+
+ALL = [name for name in optim.__all__ if name not in ("KbitOptimizer", "Muon8bit")]
+NEEDED = {"SGD": {"lr": 0.01, "momentum": 0.9}, "LARS": {"lr": 0.01, "momentum": 0.9}}
+
+
+def settings_of(name: str) -> dict:
+    return next((s for key, s in NEEDED.items() if name.startswith(key)), {})
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(64, 100), torch.nn.Tanh(), torch.nn.Linear(100, 8))
+
+
+def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(16, 64, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_resume_is_exact(name, tmp_path):
+    """Six steps equal three steps, a save, a load in a new optimizer, and three more, to the bit."""
+    straight = model()
+    train(straight, opt := getattr(optim, name)(straight.parameters(), **settings_of(name)), 3)
+    net = copy.deepcopy(straight)
+    torch.save(opt.state_dict(), tmp_path / "optimizer.pt")
+    train(straight, opt, 3, seed=1)
+    other = getattr(optim, name)(net.parameters(), **settings_of(name))
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train(net, other, 3, seed=1)
+    for a, b in zip(straight.parameters(), net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(opt.state.values(), other.state.values(), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_arguments_are_those_of_bitsandbytes(name):
+    theirs = pytest.importorskip("bitsandbytes").optim
+    reference = inspect.signature(getattr(theirs, name).__init__).parameters
+    own = inspect.signature(getattr(optim, name).__init__).parameters
+    for key, parameter in reference.items():
+        assert key in own, key
+        if key not in ("self", "optim_bits"):
+            assert own[key].default == parameter.default, key
+
+
+def test_every_class_of_bitsandbytes_is_here():
+    theirs = pytest.importorskip("bitsandbytes").optim
+    names = {n for n, c in vars(theirs).items() if inspect.isclass(c)} - {"GlobalOptimManager", "PytorchLARS"}
+    assert names <= set(optim.__all__)
+
+
+def test_bits_follow_the_name_and_the_size():
+    for name, bits8 in (("AdamW8bit", True), ("AdamW32bit", False), ("AdamW", False), ("PagedAdamW8bit", True)):
+        net = model()
+        opt = getattr(optim, name)(net.parameters())
+        train(net, opt, 1)
+        for p in net.parameters():
+            assert (opt.state[p]["exp_avg"].dtype == torch.uint8) == (bits8 and p.numel() >= 4096), name
+    assert optim.AdamW(model().parameters(), optim_bits=8).param_groups[0]["optim_bits"] == 8
+
+
+def test_args_object_of_bitsandbytes():
+    class Args:
+        optim_bits, min_8bit_size, max_unorm, skip_zeros = 8, 100, 0.5, True
+
+    group = optim.AdamW(model().parameters(), args=Args()).param_groups[0]
+    assert (group["optim_bits"], group["min_8bit_size"], group["max_unorm"], group["skip_zeros"]) == (8, 100, 0.5, True)
+
+
+def test_groups_differ_and_can_be_added():
+    net = model()
+    first, second = net[0].parameters(), list(net[2].parameters())
+    opt = optim.AdamW8bit([{"params": first, "lr": 0.0, "weight_decay": 0.0}], lr=0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    train(net, opt, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    opt.add_param_group({"params": second, "min_8bit_size": 1})
+    train(net, opt, 2)
+    after = list(net.parameters())
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[2], after[2])
+    assert opt.state[after[3]]["exp_avg"].dtype == torch.uint8
+
+
+def test_closure_gets_gradients_and_its_loss_is_returned():
+    net = model()
+    opt = optim.SGD(net.parameters(), lr=0.1)
+    x = torch.randn(4, 64)
+
+    def closure():
+        opt.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [opt.step(closure).item() for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert opt.step() is None
+
+
+def test_parameters_without_gradients_are_left_alone():
+    net = model()
+    opt = optim.AdamW8bit(net.parameters())
+    train(net, opt, 1)
+    net[0].weight.grad = None
+    before = net[0].weight.detach().clone()
+    opt.step()
+    assert torch.equal(net[0].weight, before)
+    assert [int(opt.state[p]["step"]) for p in net.parameters()] == [1, 2, 2, 2]
+    train(net, opt, 1)
+    assert [int(opt.state[p]["step"]) for p in net.parameters()] == [2, 3, 3, 3]
+
+
+def test_scheduler_and_tensor_learning_rate():
+    net, other = model(), model()
+    opt = optim.AdamW8bit(net.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    held = optim.AdamW8bit(other.parameters(), lr=torch.tensor(0.1))
+    for step in range(3):
+        train(net, opt, 1, seed=step)
+        schedule.step()
+        held.param_groups[0]["lr"].fill_(0.1 * 0.5**step)
+        train(other, held, 1, seed=step)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.0125)
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_grad_scaler_skips_a_step_with_infinite_gradients():
+    net = model()
+    opt = optim.AdamW8bit(net.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = net[0].weight.detach().clone()
+    scaler.scale(net(torch.full((2, 64), float("inf"))).sum()).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert torch.equal(net[0].weight, before) and not opt.state
+    opt.zero_grad()
+    scaler.scale(net(torch.randn(2, 64)).sum()).backward()
+    scaler.step(opt)
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    opt = optim.AdamW8bit(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients.*sparse=False"):
+        opt.step()
+
+
+def test_step_inside_a_compiled_function():
+    net, plain = model(), model()
+    compiled_opt, opt = optim.AdamW8bit(net.parameters()), optim.AdamW8bit(plain.parameters())
+
+    @torch.compile(backend="eager")
+    def update():
+        compiled_opt.step()
+
+    x = torch.randn(4, 64)
+    for _ in range(3):
+        for m in (net, plain):
+            m.zero_grad()
+            m(x).square().sum().backward()
+        update()
+        opt.step()
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_deepcopy_and_pickle_keep_the_state():
+    net = model()
+    opt = optim.AdamW8bit(net.parameters())
+    train(net, opt, 2)
+    for twin in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        for p, q in zip(opt.param_groups[0]["params"], twin.param_groups[0]["params"], strict=True):
+            assert torch.equal(opt.state[p]["exp_avg"], twin.state[q]["exp_avg"])
+            q.grad = torch.ones_like(q)
+        twin.step()
+
+
+def test_optimizer_frees_its_memory():
+    net = model()
+    opt = optim.AdamW8bit(net.parameters())
+    train(net, opt, 1)
+    state = weakref.ref(opt.state[net[0].weight]["exp_avg"])
+    parameter = weakref.ref(net[0].weight)
+    del opt, net
+    gc.collect()
+    assert state() is None and parameter() is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: optim.AdamW(p, lr=-1.0), "learning rate"),
+        (lambda p: optim.AdamW(p, betas=(1.0, 0.9)), "beta parameter at index 0"),
+        (lambda p: optim.AdamW(p, betas=(0.9,)), "must have 2 values"),
+        (lambda p: optim.AdamW(p, eps=-1.0), "eps"),
+        (lambda p: optim.AdamW(p, weight_decay=-1.0), "weight_decay"),
+        (lambda p: optim.AdamW(p, optim_bits=4), "optim_bits"),
+        (lambda p: optim.AdamW(p, amsgrad=True), "amsgrad"),
+        (lambda p: optim.AdamW(p, kahan=True, stochastic_rounding=True), "exclude"),
+        (lambda p: optim.SGD(p, lr=0.1, nesterov=True), "nesterov"),
+        (lambda p: optim.AdamW([{"params": p, "betas": (0.9, 2.0)}]), "beta parameter at index 1"),
+    ],
+)
+def test_settings_out_of_range(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(list(model().parameters()))
+
+
+def test_betas_as_a_string():
+    assert optim.AdamW(model().parameters(), betas="(0.8, 0.95)").param_groups[0]["betas"] == (0.8, 0.95)
+
+
+def test_overrides_by_parameter_and_by_module():
+    """bitsandbytes' override_config had no effect in some orders of calls (#1269, #1869): here any order works."""
+    for late in (False, True):
+        net = model()
+        opt = optim.AdamW8bit(net.parameters(), lr=0.1, min_8bit_size=1)
+        if late:
+            train(net, opt, 2)
+        opt.override(net[0], optim_bits=32)
+        opt.override(net[2].weight, lr=0.0, weight_decay=0.0)
+        frozen = net[2].weight.detach().clone()
+        train(net, opt, 2)
+        assert opt.state[net[0].weight]["exp_avg"].dtype == torch.float32
+        assert "exp_avg_absmax" not in opt.state[net[0].weight]
+        assert opt.state[net[2].bias]["exp_avg"].dtype == torch.uint8
+        assert torch.equal(net[2].weight, frozen)
+    with pytest.raises(ValueError, match="unknown settings"):
+        opt.override(net[0], bits=8)
+    with pytest.raises(ValueError, match="does not belong"):
+        opt.override(torch.nn.Parameter(torch.ones(3)), lr=0.0)
+
+
+def test_overrides_belong_to_one_optimizer():
+    net = model()
+    one, two = optim.AdamW8bit(net.parameters()), optim.AdamW8bit(net.parameters())
+    one.override(net, optim_bits=32)
+    train(net, two, 1)
+    assert two.state[net[0].weight]["exp_avg"].dtype == torch.uint8
+
+
+def test_override_keeps_the_schedule_of_other_settings():
+    """An override of weight decay leaves the group's changing learning rate in force."""
+    net, plain = model(), model()
+    opt, ref = optim.AdamW(net.parameters(), lr=0.1), optim.AdamW(plain.parameters(), lr=0.1)
+    opt.override(net, weight_decay=0.01)
+    for optimizer, m in ((opt, net), (ref, plain)):
+        train(m, optimizer, 1)
+        optimizer.param_groups[0]["lr"] = 0.003
+        train(m, optimizer, 2)
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_load_rejects_what_does_not_fit():
+    net = model()
+    opt = optim.AdamW8bit(net.parameters())
+    train(net, opt, 1)
+    good = opt.state_dict()
+    with pytest.raises(ValueError, match="parameter groups"):
+        optim.AdamW8bit([{"params": [p]} for p in net.parameters()]).load_state_dict(good)
+    with pytest.raises(ValueError, match="4 parameters, this optimizer 2"):
+        optim.AdamW8bit(net[0].parameters()).load_state_dict(good)
+    with pytest.raises(ValueError, match="no 'exp_avg_slow'"):
+        optim.AdEMAMix8bit(net.parameters()).load_state_dict(good)
+    with pytest.raises(ValueError, match="shape"):
+        optim.AdamW8bit([torch.nn.Parameter(torch.ones(7)) for _ in range(4)]).load_state_dict(good)
+    with pytest.raises(ValueError, match="not an optimizer state dict"):
+        opt.load_state_dict({"model": {}})
+    assert torch.equal(opt.state[net[0].weight]["exp_avg"], good["state"][0]["exp_avg"])
+
+
+def test_loads_between_8_and_32_bits_and_from_torch():
+    net = model()
+    torch_opt = torch.optim.AdamW(net.parameters())
+    train(net, torch_opt, 3)
+    narrow = optim.AdamW8bit(net.parameters())
+    narrow.load_state_dict(torch_opt.state_dict())
+    wide = optim.AdamW32bit(net.parameters())
+    wide.load_state_dict(narrow.state_dict())
+    weight = net[0].weight
+    assert narrow.state[weight]["exp_avg"].dtype == torch.uint8
+    assert wide.state[weight]["exp_avg"].dtype == torch.float32
+    assert int(wide.state[weight]["step"]) == 3
+    original = torch_opt.state[weight]["exp_avg"]
+    assert (wide.state[weight]["exp_avg"] - original).norm() < 0.02 * original.norm()
+    train(net, wide, 1)
+
+
+def test_fp32_states_stay_fp32_for_bf16_parameters_on_load():
+    """torch's own load casts states to the parameter's dtype, which damages them."""
+    p = torch.nn.Parameter(torch.randn(100).bfloat16())
+    opt = optim.AdamW([p])
+    p.grad = torch.randn(100).bfloat16()
+    opt.step()
+    other = optim.AdamW([p])
+    other.load_state_dict(opt.state_dict())
+    assert other.state[p]["exp_avg"].dtype == torch.float32
+    assert torch.equal(other.state[p]["exp_avg_sq"], opt.state[p]["exp_avg_sq"])
