@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from kbit.nn.embedding import Embedding4bit, Embedding8bit
 from kbit.nn.linear import Linear4bit, Linear8bit
 from kbit.nn.select import is_conv1d, is_linear, select_modules, tied_groups
 from kbit.ops.quantize import check_quantizable
+
+logger = logging.getLogger("kbit")
 
 # The same dict objects go over, so that the handles which remove hooks keep working.
 _HOOKS = (
@@ -51,6 +54,7 @@ def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
     for name, module in selected.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
         check_quantizable(weight, f"tensor {_key(name)!r}")
+    _warn_of_compute_dtype(selected, config)
 
     leaders = _leaders(model, selected)
     places = _places(model)
@@ -106,6 +110,7 @@ def replace_empty(model: nn.Module, config: KbitConfig) -> dict[str, QuantizedMo
     For loaders that fill in codes later. Returns the new modules by name; tied ones share their Parameters.
     """
     selected = select_modules(model, config)
+    _warn_of_compute_dtype(selected, config)
     leaders = _leaders(model, selected)
     places = _places(model)
     new: dict[str, QuantizedModule] = {}
@@ -153,6 +158,15 @@ def empty_like(module: nn.Module, config: KbitConfig, device: torch.device | str
     for hooks in _HOOKS:
         layer.__dict__[hooks] = module.__dict__[hooks]
     return layer
+
+
+def _warn_of_compute_dtype(selected: dict[str, nn.Module], config: KbitConfig) -> None:
+    """fp32 products over a 16-bit model are slow and no more accurate than the codes: a mistake worth one line."""
+    if config.compute_dtype is torch.float32 and any(m.weight.element_size() == 2 for m in selected.values()):  # type: ignore
+        logger.warning(
+            "compute_dtype is float32 but the model is in 16 bits: products will be slow; leave compute_dtype out to "
+            "compute in the model's dtype"
+        )
 
 
 def is_conv1d_class(cls: type[nn.Module]) -> bool:
