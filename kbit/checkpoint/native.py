@@ -158,7 +158,7 @@ def meta_model(folder: Path, raw: dict[str, Any]) -> nn.Module:
             f"transformers {transformers.__version__} has no {names[0]}, which {folder}/config.json asks for"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder))
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # its validators raise many types
         raise ValueError(f"transformers cannot read {folder}/config.json: {' '.join(str(error).split())}") from None
     with torch.device("meta"):

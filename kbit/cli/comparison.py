@@ -17,7 +17,8 @@ OUTLIER_NOTE = (
     "Large models grow a few hidden features that are tens of times larger than the rest; small ones do not. Here "
     "one channel of every norm's output was multiplied by {scale} and the columns of the weights that read it divided "
     "by it, which changes nothing that the model computes (powers of two are exact). Without a threshold the "
-    "large feature takes the int8 range from all others; with threshold 6 it is multiplied in 16 bits."
+    "large feature takes the int8 range from all others; with threshold 6 it is multiplied in 16 bits. "
+    "Measured on the first {tokens:,} tokens of the text."
 )
 
 
@@ -119,7 +120,7 @@ def print_rows(rows: list[FormatResult], title: str, text_width: int = 60) -> No
 def print_outliers(rows: list[OutlierResult]) -> None:
     """The outlier table on stdout."""
     table = [[row.name, f"{row.perplexity:.3f}", f"{row.ratio:.4f}x"] for row in rows]
-    print_table(["with outlier features", ">perplexity", ">to bf16"], table)
+    print_table([f"with outlier features, {rows[0].tokens:,} tokens", ">perplexity", ">to bf16"], table)
 
 
 def settings(row: FormatResult) -> dict[str, str]:

@@ -102,7 +102,7 @@ def load_model(source: Source, format_name: str, device: str = "cpu") -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    kwargs: dict[str, Any] = {"dtype": torch.bfloat16, "local_files_only": True}
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16, "local_files_only": True, "trust_remote_code": False}
     if format_name != "bf16" and source.saved_format is None:
         kwargs["quantization_config"] = KbitConfig.from_format(format_name)
     if device != "cpu":
@@ -128,7 +128,7 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing files, missing packages, broken JSON: many types, one meaning
         raise ValueError(
             f"{source.name} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}"

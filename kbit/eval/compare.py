@@ -114,8 +114,9 @@ def measure(
 ) -> FormatResult:
     """Measure a loaded model. ids: the tokenized text.
 
-    generate: writes a line with the model and returns it with its number of tokens; it is called twice, the first time
-    to warm up. reference: reads the floating point weight of a module (see `quantized_layer_errors`).
+    generate: writes a line with the model and returns it with its number of tokens; it is timed, after
+    the text has warmed the model up. reference: reads the floating point weight of a module (see
+    `quantized_layer_errors`).
     """
     size = sizes(model)
     errors = quantized_layer_errors(model, reference) if reference is not None else []
