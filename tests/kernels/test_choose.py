@@ -69,6 +69,16 @@ def test_hopper_settings_are_valid():
         assert Config(**fields).valid(), rule
 
 
+def test_settings_that_would_hang_are_refused():
+    from kbit.kernels.cuda.linear_4bit import Config
+
+    assert Config(8, 2, 2, 256, 4).valid()
+    assert not Config(8, 1, 4, 256, 4).valid()  # a warpgroup would wait for the only stage it has, and holds
+    assert not Config(8, 1, 2, 256, 5).valid()  # a stage would change hands
+    assert not Config(256, 2, 1, 64, 4, 1, 1, False, 240).valid()  # more registers than the producer leaves
+    assert not Config(64, 2, 1, 256, 6).valid()  # more shared memory than there is
+
+
 def test_every_backend_says_why():
     listed = {b.name: b for b in backends()}
     assert {"triton", "cuda", "reference"} <= set(listed) and listed["reference"].active

@@ -66,12 +66,13 @@ def test_every_hopper_setting():
     settings = [
         Config(8, 1, 1, 256, 4, 1, 2),
         Config(8, 1, 2, 128, 4, 2, 2),
-        Config(16, 1, 4, 256, 3, 4, 1),
-        Config(32, 2, 2, 256, 3, 1, 1),
+        Config(16, 2, 2, 256, 4, 4, 1),
+        Config(32, 2, 2, 128, 6, 1, 1),
         Config(64, 2, 1, 64, 4, 8, 1),
         Config(128, 2, 1, 64, 4, 1, 1, True, 232),
         Config(256, 2, 1, 64, 4, 2, 1, False, 232),
     ]
+    assert all(config.valid() for config in settings)
     for dtype in (torch.bfloat16, torch.float16):
         for n, k, block_size, nested in [
             (64, 64, 64, True),

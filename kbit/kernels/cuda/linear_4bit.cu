@@ -3,14 +3,14 @@
 // The product is computed as W x^T: wgmma takes its left operand from registers, so decoded weights never touch shared
 // memory, and a lane decodes exactly the elements its fragment needs. One byte holds two weights that are neighbours in
 // K, which is one 32-bit fragment register: a table of all 256 pairs turns a byte into a register with one shared-memory
-// load. Every lane owns a copy of the table in its own bank (entry e of lane l is word 32 e + l), so no access conflicts.
+// load. Every lane owns a copy of the table in its own bank (entry e of lane l is word 64 e + l), so no access conflicts.
 //
 // A producer warp keeps STAGES tiles of codes and inputs in flight with the bulk tensor copy engine; WR x WK consumer
-// warpgroups (WR along N, 64 rows each, and WK along K) decode tile i + 1 while the tensor cores work on tile i. CLUSTER
+// warpgroups (WR along N, 64 rows each; WK take turns along K) decode block i + 1 while the tensor cores work on block i. CLUSTER
 // thread blocks may split K; parts meet in distributed shared memory, in a fixed order: results repeat bit for bit.
 //
 // Compile-time settings: FP16, NT (tokens a tile), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
-// multiprocessor), NESTED (double-quantized scales), ACC_SCALE (scales multiply the accumulator in fp32; else the weights
+// multiprocessor), NESTED (double-quantized scales; then DYNAMIC_MAP, their 256 levels), ACC_SCALE (scales multiply the accumulator in fp32; else the weights
 // in 16 bits, for many tokens), REGISTERS (what a consumer thread takes over from the producer; 0: none), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
 typedef unsigned char u8;
@@ -24,18 +24,19 @@ constexpr int ROWS = 64 * WR;                      // rows of W a tile
 constexpr int GROUPS = WR * WK;                    // consumer warpgroups
 constexpr int THREADS = 128 * GROUPS + (REGISTERS ? 128 : 32);
 constexpr int RB = KS / 2;                         // bytes of codes a row and stage
-constexpr int NB = KS / 64 / WK;                   // 64-blocks a warpgroup and stage
+constexpr int NB = KS / 64;                        // 64-blocks a stage
 constexpr int W_BYTES = ROWS * RB;
 constexpr int X_BYTES = NT * 128;                  // one 64-wide slice of x
 constexpr int X_STAGE = X_BYTES * (KS / 64);
 constexpr int LUT_OFFSET = STAGES * (W_BYTES + X_STAGE);
-constexpr int MAP_OFFSET = LUT_OFFSET + 32768;
+constexpr int MAP_OFFSET = LUT_OFFSET + 65536;
 constexpr int BAR_OFFSET = MAP_OFFSET + 1024;
 constexpr int PITCH = ROWS + 4;                    // floats a token in the epilogue's buffer
 constexpr int ACC = NT / 2;                        // accumulators a lane
 constexpr int VALUES = NB == 4 ? 2 : 1;            // scales a lane fetches a stage
 
-static_assert(NB >= 1 && NB * WK * 64 == KS && NB != 3, "a stage must give every warpgroup whole blocks");
+static_assert((NB == 1 && WK == 1) || NB == 2 || NB == 4, "stages of one block alternate between two sets of registers");
+static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K, which holds one while it waits for another");
 
 struct __align__(64) TensorMap { char bytes[128]; };
 template <int V> struct Int { static constexpr int value = V; };
@@ -60,6 +61,9 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, i
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
+__device__ __forceinline__ void prefetch_tile(const TensorMap* map, int x, int y) {  // into L2 only
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
 __device__ __forceinline__ u32 cluster_rank() {
   u32 rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -80,10 +84,12 @@ __device__ __forceinline__ uint4 load_shared16(u32 address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
-__device__ __forceinline__ u32 byte_pair(u32 word, u32 select, u32 table) {  // the pair of byte `select` of a word
-  u32 byte, pair;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(byte) : "r"(word), "r"(select));
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(byte * 128 + table));
+// The pair of one byte of a word. `select` moves that byte to bits 8-15 above the lane's own 4 * lane, which is the
+// address within the table: its entries are 256 bytes apart for this one instruction's sake.
+__device__ __forceinline__ u32 byte_pair(u32 word, u32 lane4, u32 select, u32 table) {
+  u32 at, pair;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(at) : "r"(word), "r"(lane4), "r"(select));
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at + table));
   return pair;
 }
 #if FP16
@@ -98,19 +104,22 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.bf16x2 %
 __device__ __forceinline__ u32 doubled(float v) { u32 h = to_half(v); return h | h << 16; }
 
 __constant__ u16 codebook[16] = {CODEBOOK};
+#if NESTED
+__device__ const float dynamic_map[256] = {DYNAMIC_MAP};
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 #if CLUSTER > 1
     __cluster_dims__(1, 1, CLUSTER)
 #endif
 linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const void* __restrict__ absmax,
-            const float* __restrict__ nested_absmax, const float* __restrict__ offset, const float* __restrict__ dynamic_map,
-            const u16* __restrict__ bias, u16* __restrict__ out, int M, int N, int K, int block_shift) {
+            const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
+            u16* __restrict__ out, int M, int N, int K, int block_shift) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 x_base = base + STAGES * W_BYTES;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
-  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
   const int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * NT;
   const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
 
@@ -122,8 +131,8 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
   const int begin = min(all, (int)rank * share);
   const int steps = min(share, all - begin);
 
-  auto fetch = [&](int step) {
-    const int slot = step % STAGES, k = (begin + step) * KS;
+  auto fetch = [&](int step, int slot) {
+    const int k = (begin + step) * KS;
     const u32 bar = full + 8 * slot;
     barrier_expect(bar, W_BYTES + X_STAGE);
     copy_tile(base + slot * W_BYTES, &map_w, k / 2, row0, bar);
@@ -133,20 +142,26 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
   if (thread == 128 * GROUPS) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 4 * GROUPS);
+      barrier_init(empty + 8 * s, 4 * WR);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
-    for (int step = 0; step < STAGES && step < steps; step++) fetch(step);
+    // A read into L2 is harmless even where the kernel before this one still writes these codes.
+    for (int step = 0; step < STAGES && step < steps; step++) prefetch_tile(&map_w, (begin + step) * KS / 2, row0);
   }
   if (thread < 128 * GROUPS) {
     for (int i = thread; i < 2048; i += 128 * GROUPS) {  // 16 bytes each: a quarter of an entry's row of 32 copies
       const u32 pair = (u32)codebook[i >> 7] | (u32)codebook[(i >> 3) & 15] << 16;  // the even element is the high nibble
-      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(base + LUT_OFFSET + i * 16), "r"(pair) : "memory");
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(base + LUT_OFFSET + (i >> 3) * 256 + (i & 7) * 16), "r"(pair) : "memory");
     }
-    if (NESTED)
-      for (int i = thread; i < 256; i += 128 * GROUPS)
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + MAP_OFFSET + i * 4), "f"(dynamic_map[i]) : "memory");
+#if NESTED
+    for (int i = thread; i < 256; i += 128 * GROUPS)
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + MAP_OFFSET + i * 4), "f"(dynamic_map[i]) : "memory");
+#endif
   }
+  // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  if (thread == 128 * GROUPS)
+    for (int step = 0; step < STAGES && step < steps; step++) fetch(step, step);
   __syncthreads();
 
   const int group = warp >> 2, g = lane >> 2, t = lane & 3;
@@ -155,12 +170,13 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
 
   if (warp >= 4 * GROUPS) {
 #if REGISTERS
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
 #endif
     if (thread == 128 * GROUPS)
-      for (int step = STAGES; step < steps; step++) {
-        barrier_wait(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
-        fetch(step);
+      for (int step = STAGES, slot = 0, phase = 0; step < steps; step++) {
+        barrier_wait(empty + 8 * slot, phase);
+        fetch(step, slot);
+        if (++slot == STAGES) slot = 0, phase ^= 1;
       }
   } else {
 #if REGISTERS
@@ -169,27 +185,35 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
     float acc[ACC];
 #pragma unroll
     for (int i = 0; i < ACC; i++) acc[i] = 0.f;
-    const u32 table = base + LUT_OFFSET + lane * 4, select = 0x4440u | t;
+    const u32 table = base + LUT_OFFSET, lane4 = lane * 4, select = 0x5504u | t << 4;
     const int my_row = VALUES == 2 ? 0 : NB == 2 ? t >> 1 : t & 1;  // which of the rows, which block a lane fetches scales of
     const int my_block = NB == 4 ? t : NB == 2 ? t & 1 : 0;
     const float shift = NESTED ? *offset : 0.f;
-    const long long blocks_a_row = K >> block_shift;
+    const u8* const scale_codes = (const u8*)absmax;
+    const float* const scales = (const float*)absmax;
 
     float raw[VALUES], factor[VALUES];  // prefetched: scale or its nested absmax; code of the scale
-    u32 code[VALUES];
+    u32 code[VALUES], first[VALUES];
+    int last_k[VALUES];  // where the scales of a row end; 0 beyond the last row
+#pragma unroll
+    for (int v = 0; v < VALUES; v++) {
+      const int row = row0 + local0 + 8 * (my_row + v);
+      first[v] = (u32)row * (u32)(K >> block_shift);
+      last_k[v] = row < N ? min(K, (begin + steps) * KS) : 0;
+    }
     auto fetch_scales = [&](int step) {
+      const int k = (begin + step) * KS + my_block * 64;
 #pragma unroll
       for (int v = 0; v < VALUES; v++) {
-        const int row = row0 + local0 + 8 * (my_row + v), k = (begin + step) * KS + (group_k * NB + my_block) * 64;
-        const long long index = row * blocks_a_row + (k >> block_shift);
+        const u32 index = first[v] + ((u32)k >> block_shift);
         raw[v] = 0.f;
-        code[v] = 256;
-        if (row < N && k < K && step < steps) {
+        code[v] = 0;
+        if (k < last_k[v]) {
           if (NESTED) {
-            code[v] = ((const u8*)absmax)[index];
+            code[v] = scale_codes[index];
             raw[v] = nested_absmax[index >> 8];
           } else {
-            raw[v] = ((const float*)absmax)[index];
+            raw[v] = scales[index];
           }
         }
       }
@@ -200,8 +224,9 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
         factor[v] = raw[v];
         if (NESTED) {
           float level;
-          asm volatile("ld.shared.f32 %0, [%1];" : "=f"(level) : "r"(base + MAP_OFFSET + (code[v] & 255) * 4));
-          factor[v] = code[v] < 256 ? __fadd_rn(__fmul_rn(level, raw[v]), shift) : 0.f;
+          asm volatile("ld.shared.f32 %0, [%1];" : "=f"(level) : "r"(base + MAP_OFFSET + code[v] * 4));
+          // Beyond the last row and column this is the offset: finite, and multiplied by inputs of 0 or never stored.
+          factor[v] = __fadd_rn(__fmul_rn(level, raw[v]), shift);
         }
       }
     };
@@ -218,7 +243,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       s0[P] = __shfl_sync(~0u, factor[0], quad | B);
       s1[P] = VALUES == 2 ? __shfl_sync(~0u, factor[VALUES - 1], quad | B)
                           : __shfl_sync(~0u, factor[0], quad | (NB == 2 ? 2 | B : 1));
-      const int chunk = 2 * (group_k * NB + B);
+      const int chunk = 2 * B;
       const u32 swizzle = ((u32)local0 * RB >> 7) & (RB / 16 - 1);  // the same for both rows
       const u32 row = base + slot * W_BYTES + local0 * RB;
       const u32 at0 = (chunk ^ swizzle) * 16, at1 = ((chunk + 1) ^ swizzle) * 16;
@@ -228,8 +253,8 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       const u32 low[8] = {q2.x, q2.y, q2.z, q2.w, q3.x, q3.y, q3.z, q3.w};
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        a[P][2 * i] = byte_pair(top[i], select, table);
-        a[P][2 * i + 1] = byte_pair(low[i], select, table);
+        a[P][2 * i] = byte_pair(top[i], lane4, select, table);
+        a[P][2 * i + 1] = byte_pair(low[i], lane4, select, table);
       }
       if (!ACC_SCALE) {
         const u32 h0 = doubled(s0[P]), h1 = doubled(s1[P]);
@@ -243,7 +268,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
     auto multiply = [&](auto parity, auto which, int slot) {
       constexpr int P = decltype(parity)::value, B = decltype(which)::value;
       // 128-byte swizzled K-major x: 8 tokens are 1024 bytes; 16 elements further in K are 32 bytes further.
-      const u32 x = x_base + slot * X_STAGE + (group_k * NB + B) * X_BYTES;
+      const u32 x = x_base + slot * X_STAGE + B * X_BYTES;
       const u64 descriptor = (u64)((x & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -269,27 +294,31 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
 #endif
     };
+    int slot = group_k;
+    u32 phase = 0;
     auto enter = [&](int step) {  // scales of a stage decoded, those of the next one asked for, its codes and inputs there
       decode_scales();
-      fetch_scales(step + 1);
-      barrier_wait(full + 8 * (step % STAGES), (step / STAGES) & 1);
+      fetch_scales(step + WK);
+      barrier_wait(full + 8 * slot, phase);
     };
     // While the tensor cores multiply one block, the next one is decoded.
     auto last_of_stage = [&](auto parity, int step, bool more) {
       constexpr int P = decltype(parity)::value;
-      const int slot = step % STAGES;
-      multiply(Int<P>(), Int<NB - 1>(), slot);
+      const int done = slot;
+      multiply(Int<P>(), Int<NB - 1>(), done);
       if (more) {
-        enter(step + 1);
-        decode(Int<1 - P>(), Int<0>(), (step + 1) % STAGES);
+        slot += WK;
+        if (slot >= STAGES) slot -= STAGES, phase ^= 1;
+        enter(step + WK);
+        decode(Int<1 - P>(), Int<0>(), slot);
       }
       finish(Int<P>());
-      if (lane == 0) barrier_arrive(empty + 8 * slot);
+      if (lane == 0) barrier_arrive(empty + 8 * done);
     };
-    if (steps > 0) {
-      fetch_scales(0);
-      enter(0);
-      decode(Int<0>(), Int<0>(), 0);
+    if (group_k < steps) {
+      fetch_scales(group_k);
+      enter(group_k);
+      decode(Int<0>(), Int<0>(), slot);
     }
     if constexpr (NB == 1) {
       for (int step = 0; step < steps; step += 2) {
@@ -297,8 +326,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
         last_of_stage(Int<1>(), step + 1, step + 2 < steps);
       }
     } else {
-      for (int step = 0; step < steps; step++) {
-        const int slot = step % STAGES;
+      for (int step = group_k; step < steps; step += WK) {
         multiply(Int<0>(), Int<0>(), slot);
         decode(Int<1>(), Int<1>(), slot);
         finish(Int<0>());
@@ -310,7 +338,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
           decode(Int<1>(), Int<3>(), slot);
           finish(Int<0>());
         }
-        last_of_stage(Int<1>(), step, step + 1 < steps);
+        last_of_stage(Int<1>(), step, step + WK < steps);
       }
     }
 

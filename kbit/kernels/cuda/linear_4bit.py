@@ -48,12 +48,18 @@ class Config:
     def shared_bytes(self) -> int:
         """Dynamic shared memory: stages, pair table, dynamic map, barriers; the epilogue's buffer reuses them."""
         stages = self.stages * (self.rows * self.ks // 2 + self.nt * self.ks * 2)
-        main = stages + 32768 + 1024 + 16 * self.stages
+        main = stages + 65536 + 1024 + 16 * self.stages
         return 1024 + max(main, self.wk * self.nt * (self.rows + 4) * 4)
 
     def valid(self) -> bool:
-        blocks = self.ks // 64 / self.wk
-        return blocks in (1, 2, 4) and self.ks in (64, 128, 256) and self.shared_bytes <= _SHARED_LIMIT // self.ctas
+        """Whether the kernel compiles with these and fits a multiprocessor."""
+        # A warpgroup holds one stage while it waits for its next one; other numbers of stages would deadlock.
+        turns = self.stages % self.wk == 0 and self.stages >= 2 * self.wk and (self.wk == 1 or self.ks > 64)
+        # Consumers take registers over from the 128 threads of the producer, which keep 32; asking for more hangs.
+        entry = min(255, 65536 // self.ctas // self.threads // 8 * 8)
+        spare = (entry * self.threads - 32 * 128) // (128 * self.wr * self.wk)
+        fits = self.threads <= 1024 and self.shared_bytes <= _SHARED_LIMIT // self.ctas
+        return turns and fits and self.ks in (64, 128, 256) and self.registers <= spare
 
 
 def wgmma_header(nt: int, fp16: bool) -> str:
@@ -90,23 +96,9 @@ def settings(config: Config, name: str, dtype: torch.dtype, nested: bool) -> tup
         "REGISTERS": config.registers,
         "CODEBOOK": ",".join(str(b & 0xFFFF) for b in bits),
     }
+    if nested:
+        macros["DYNAMIC_MAP"] = ",".join(f"{float(v).hex()}f" for v in codebook("dynamic8"))
     return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
-
-
-_lock = threading.Lock()
-
-
-@functools.cache
-def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> ctypes.c_void_p:
-    macros, headers = settings(config, name, dtype, nested)
-    code = compiler.cubin("linear_4bit", "sm_90a", macros, headers)
-    return compiler.load(code, "linear_4bit", config.shared_bytes)
-
-
-def kernel(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> ctypes.c_void_p:
-    """The loaded kernel of the current device; compiled at first use."""
-    with _lock:
-        return _load(device, config, name, dtype, nested)
 
 
 class _TensorMap(ctypes.Structure):
@@ -116,8 +108,8 @@ class _TensorMap(ctypes.Structure):
 def _encode(
     address: int, kind: int, columns: int, rows: int, row_bytes: int, box: tuple[int, int], swizzle: int
 ) -> Any:
-    """A 64-byte aligned CUtensorMap of a row-major matrix; columns and box in elements. Beyond its edges it reads 0."""
-    raw = ctypes.create_string_buffer(128 + 64)
+    """A CUtensorMap of a row-major matrix; columns and box in elements. Beyond its edges it reads 0."""
+    raw = ctypes.create_string_buffer(128 + 64)  # it has to start on a 64-byte boundary
     tensor_map = _TensorMap.from_buffer(raw, -ctypes.addressof(raw) % 64)
     status = compiler.driver().cuTensorMapEncodeTiled(
         ctypes.byref(tensor_map),
@@ -135,6 +127,45 @@ def _encode(
     )
     compiler.check(status, "describing a matrix to the copy engine")
     return tensor_map
+
+
+class _Arguments(ctypes.Structure):
+    """The kernel's parameters, in its order."""
+
+    _fields_ = [
+        ("map_w", _TensorMap),
+        ("map_x", _TensorMap),
+        ("absmax", ctypes.c_void_p),
+        ("nested_absmax", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("m", ctypes.c_int),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+        ("block_shift", ctypes.c_int),
+    ]
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> compiler.Launcher:
+    macros, headers = settings(config, name, dtype, nested)
+    code = compiler.cubin("linear_4bit", "sm_90a", macros, headers)
+    function = compiler.load(code, "linear_4bit", config.shared_bytes)
+    return compiler.Launcher(function, _Arguments, config.threads, config.shared_bytes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: int, m: int, n: int, k: int, name: str, dtype: torch.dtype, nested: bool, config: Config | None
+) -> tuple[Config, compiler.Launcher]:
+    """Settings and loaded kernel of a product on the current device; compiled at first use."""
+    config = config or choose_config(device, m, n, k)
+    with _lock:
+        return config, _load(device, config, name, dtype, nested)
 
 
 # A map depends on address and shape alone, so it stays right whatever tensor lives there.
@@ -186,31 +217,21 @@ def linear_4bit(
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, name, block_size, n, config)
-    config = config or choose_config(device, m, n, k)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     nested = nested_absmax is not None
-    function = kernel(device, config, name, x.dtype, nested)
+    config, launcher = _plan(device, m, n, k, name, x.dtype, nested, config)
     box = config.ks // 2
     map_w = _encode_cached(weight.data_ptr(), _UINT8, k // 2, n, k // 2, (box, config.rows), _SWIZZLE[box])
     kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
     map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, (64, config.nt), 3)
-    table = codebook("dynamic8", x.device) if nested else None
-    pointers = [absmax, nested_absmax, nested_offset, table, bias, out]
-    values = [map_w, map_x, *(ctypes.c_void_p(p if p is None else p.data_ptr()) for p in pointers)]
-    values += [ctypes.c_int(v) for v in (m, n, k, block_size.bit_length() - 1)]
-    arguments = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-    status = compiler.driver().cuLaunchKernel(
-        function,
-        -(-n // config.rows),
-        -(-m // config.nt),
-        config.cluster,
-        config.threads,
-        1,
-        1,
-        config.shared_bytes,
-        ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
-        arguments,
-        None,
-    )
-    compiler.check(status, "launching linear_4bit")
+    with launcher.lock:
+        values = launcher.values
+        values.map_w, values.map_x = map_w, map_x
+        values.absmax, values.out = absmax.data_ptr(), out.data_ptr()
+        values.nested_absmax = None if nested_absmax is None else nested_absmax.data_ptr()
+        values.offset = None if nested_offset is None else nested_offset.data_ptr()
+        values.bias = None if bias is None else bias.data_ptr()
+        values.m, values.n, values.k, values.block_shift = m, n, k, block_size.bit_length() - 1
+        grid = (-(-n // config.rows), -(-m // config.nt), config.cluster)
+        launcher.start(grid, torch.cuda.current_stream(device).cuda_stream)
     return out
