@@ -51,7 +51,12 @@ def test_samples_of_page_run(page: Path, tmp_path: Path) -> None:
                 program.append(f"print({command!r}, flush=True); subprocess.run({call!r}, check=True)")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, "-c", "\n".join(program)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert result.returncode == 0, f"{page.name}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
 

@@ -1,4 +1,4 @@
-"""The files that ship with kbit: a small language model and texts to evaluate and fine-tune it (sources: README.md here)."""
+"""What ships with kbit: a small language model, and texts to evaluate and fine-tune it (sources: README.md here)."""
 
 from __future__ import annotations
 

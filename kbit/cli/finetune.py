@@ -16,9 +16,13 @@ def finetune(
     model: Annotated[str, typer.Argument(help="A local model folder, a hub name, or demo: the model that ships.")],
     data: Annotated[Path, typer.Option(help="Text (.txt) or one JSON object a line (.jsonl).")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the losses and their plot.")],
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out text. Default: the last twentieth of --data.")] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Held-out text. Default: the last twentieth of --data.")
+    ] = None,
     method: Annotated[str, typer.Option(help="qlora: quantized base. lora: bf16 base.")] = "qlora",
-    format: Annotated[str, typer.Option(help="Format of the base with qlora: nf4, nf4-plain, fp4, fp4-plain, int8.")] = "nf4",
+    format: Annotated[
+        str, typer.Option(help="Format of the base with qlora: nf4, nf4-plain, fp4, fp4-plain, int8.")
+    ] = "nf4",
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / rank.")] = 32,
     dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = 0.0,
@@ -28,7 +32,9 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     context: Annotated[int, typer.Option(help="Tokens an example.")] = 512,
     batch: Annotated[int, typer.Option(help="Examples a step.")] = 4,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute activations: less memory, more time.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,

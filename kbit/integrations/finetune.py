@@ -30,8 +30,9 @@ class FinetuneSettings:
 
     model: folder or hub name. data: a .txt file (plain text) or a .jsonl file (one object a line, see `read_examples`).
     eval_data: held-out text in the same form; None holds out the last twentieth of `data`.
-    method: "qlora" (base in `format`) or "lora" (base in bf16). steps: optimizer steps; None: `epochs` passes over the data.
-    context: tokens an example. batch: examples a step. targets: module names, or "all-linear". seed: of everything random.
+    method: "qlora" (base in `format`) or "lora" (base in bf16).
+    steps: optimizer steps; None makes `epochs` passes over the data. context: tokens an example. batch: examples a step.
+    targets: module names, comma-separated, or "all-linear". seed: of everything random.
     """
 
     model: str
@@ -137,7 +138,9 @@ def _example(line: str, where: str, tokenizer: Any, context: int) -> dict[str, l
     elif isinstance(data.get("messages"), list):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{where} holds messages, but this model's tokenizer has no chat template")
-        ids = tokenizer(tokenizer.apply_chat_template(data["messages"], tokenize=False), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(tokenizer.apply_chat_template(data["messages"], tokenize=False), add_special_tokens=False)[
+            "input_ids"
+        ]
     else:
         raise ValueError(f'{where} has none of "text", "prompt" with "completion", or "messages"')
     if masked >= min(len(ids), context):

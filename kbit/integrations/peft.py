@@ -96,8 +96,6 @@ def float_base(layer: Any) -> Iterator[nn.Module]:
             dtype = base.weight_dtype
             base.quantize_from(after, "merged weight")  # type: ignore[operator]
             base.weight_dtype = dtype
-            if not isinstance(base, nn.Linear):
-                base.output_dtype = dtype
     finally:
         holder.base_layer = base
 
@@ -135,8 +133,8 @@ def _update_layer(original: Callable[..., None], layer: Any, *args: Any, **kwarg
     init = getattr(config, "init_lora_weights", None)
     if isinstance(base, QuantizedModule) and init == "loftq":
         raise ValueError(
-            "LoftQ makes up for the error of quantizing, which an already quantized layer no longer knows. Load the model "
-            "in floating point, wrap it with get_peft_model, then call kbit.quantize_model on the wrapped model."
+            "LoftQ makes up for the error of quantizing, which an already quantized layer no longer knows. Load the "
+            "model in floating point, wrap it with get_peft_model, then call kbit.quantize_model on the wrapped model."
         )
     if isinstance(base, QuantizedModule) and isinstance(init, str) and init not in ("gaussian", "eva"):
         with float_base(layer):
@@ -153,8 +151,8 @@ def _refuse_packed_parameter(original: Callable[..., None], layer: Any, *args: A
     parameter = getattr(inner, name, None) if name else None
     if isinstance(parameter, Tensor) and not parameter.is_floating_point():
         raise ValueError(
-            f"target_parameters names {name!r} of a {type(inner).__name__}, which holds packed {parameter.dtype} codes; LoRA "
-            "on it would train without effect. Leave these modules unquantized (skip_modules), or use target_modules."
+            f"target_parameters names {name!r} of a {type(inner).__name__}, which holds packed {parameter.dtype} codes; "
+            "LoRA on it would train without effect. Leave these modules unquantized (skip_modules), or use target_modules."
         )
     original(layer, *args, **kwargs)
 

@@ -30,7 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     special = ["<s>", "</s>", "<pad>"]
     tokenizer.train_from_iterator(
         SENTENCES,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
     )
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
@@ -71,7 +73,9 @@ def test_it_learns_and_leaves_an_adapter(model: Path, text: Path, tmp_path: Path
     import kbit
 
     seen = []
-    result = ft.finetune(settings(model, text, tmp_path / "out", **options), on_step=lambda *step: seen.append(step[:2]))
+    result = ft.finetune(
+        settings(model, text, tmp_path / "out", **options), on_step=lambda *step: seen.append(step[:2])
+    )
     assert result.loss_after < 0.95 * result.loss_before
     assert seen == [(step, 20) for step in range(1, 21)]
     assert result.peak_bytes > 0 and result.trainable_parameters > 0

@@ -96,7 +96,9 @@ def test_pefts_own_preparation_works_too(folder: str) -> None:
     codes = {name: p.clone() for name, p in model.named_parameters() if not p.is_floating_point()}
     model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), lora()).train()
     model(input_ids=IDS, labels=IDS).loss.backward()
-    names = {name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in model.named_parameters()}
+    names = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in model.named_parameters()
+    }
     assert len(codes) > 0 and all(torch.equal(names[name], part) for name, part in codes.items())
 
 
