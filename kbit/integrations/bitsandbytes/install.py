@@ -70,8 +70,7 @@ def _is_ours(module: ModuleType) -> bool:
 def tell_libraries() -> None:
     """Have libraries that were imported before ask again whether there is a bitsandbytes.
 
-    They remember the answer: in functions with a cache, in module variables, and in modules that define their classes
-    only if it was yes.
+    They remember the answer in functions with a cache and in module variables.
     """
     for module, names in {
         "transformers.utils.import_utils": ("is_bitsandbytes_available", "_package_distribution_mapping"),
@@ -87,8 +86,6 @@ def tell_libraries() -> None:
     integration = sys.modules.get("transformers.integrations.bitsandbytes")
     if integration is not None and not hasattr(integration, "bnb"):
         integration.bnb = importlib.import_module(_NAME)  # type: ignore[attr-defined]
-    for name in [n for n in sys.modules if n.startswith("peft.tuners.") and n.endswith(".bnb")]:
-        importlib.reload(sys.modules[name])
 
 
 def _set(module: str, name: str, value: Any) -> None:

@@ -81,10 +81,15 @@ MODULES = {
         "OutlierAwareLinear",
     )
 }
-MODULES["FP4Params"] = "it is called Params4bit"
+MODULES |= {"FP4Params": "it is called Params4bit", "maybe_rearrange_weight": _LAYOUT}
+OPTIMIZER = {"MockArgs": "pass the settings as keywords"}
+UTILS = {"outlier_hook": "call OutlierTracer.get_instance().initialize(model), which registers it"}
 AUTOGRAD = {
     "GlobalOutlierPooler": "outlier columns are found in every product and pooled nowhere",
+    "MatMul4Bit": "use bitsandbytes.matmul_4bit",
     "MatMul8bit": "use bitsandbytes.matmul",
+    "MatMul8bitFp": "use bitsandbytes.matmul",
+    "MatMul8bitLt": "use bitsandbytes.matmul",
     "bmm_cublas": "use torch.bmm",
     "matmul_cublas": "use torch.matmul",
     "mm_cublas": "use torch.mm",

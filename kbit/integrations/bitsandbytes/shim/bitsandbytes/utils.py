@@ -1,5 +1,7 @@
 """bitsandbytes.utils, by kbit."""
 
+from kbit.integrations.bitsandbytes.identity import absent_names
+from kbit.integrations.bitsandbytes.legacy import UTILS
 from kbit.integrations.bitsandbytes.quant_state import pack_dict_to_tensor, unpack_tensor_to_dict
 from kbit.integrations.bitsandbytes.utils import (
     INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING,
@@ -22,3 +24,5 @@ __all__ = [
     "sync_gpu",
     "unpack_tensor_to_dict",
 ]
+
+__getattr__ = absent_names(__name__, UTILS)
