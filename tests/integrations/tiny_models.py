@@ -133,5 +133,3 @@ def run_python(code: str, *args: str, timeout: float = 240) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, "-c", code, *args], capture_output=True, text=True, env=env, timeout=timeout, check=False
     )
-
-

@@ -18,9 +18,11 @@ from kbit.nn import convert
 
 def install() -> None:
     """Have `quantize_model` and `dequantize_model` report here. Safe to call again."""
-    for listeners, function in ((convert.on_quantized, attach), (convert.on_dequantized, detach)):
-        if function.__name__ not in [known.__name__ for known in listeners]:
-            listeners.append(function)
+    # By name: after a reload of this module the function is another object that does the same.
+    if attach.__name__ not in [known.__name__ for known in convert.on_quantized]:
+        convert.on_quantized.append(attach)
+    if detach.__name__ not in [known.__name__ for known in convert.on_dequantized]:
+        convert.on_dequantized.append(detach)
 
 
 def _is_pretrained(model: nn.Module) -> bool:

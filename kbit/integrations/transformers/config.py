@@ -26,7 +26,9 @@ class KbitConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(PlainConfig)})
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(  # type: ignore[override]
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         """From the `quantization_config` of a config.json. Keyword arguments that are fields override it.
 
         Raises ValueError for keys or values that do not exist.

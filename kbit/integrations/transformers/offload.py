@@ -30,7 +30,7 @@ def weights_map(module: nn.Module) -> tuple[Any, str] | None:
     """The map that accelerate's hook reads this module's weights from, and the prefix of their names in it."""
     hook = getattr(module, "_hf_hook", None)
     for inner in getattr(hook, "hooks", None) or [hook]:
-        found = getattr(inner, "weights_map", None)
+        found: Any = getattr(inner, "weights_map", None)
         prefix = ""
         while hasattr(found, "dataset"):
             prefix = found.prefix + prefix

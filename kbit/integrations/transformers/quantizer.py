@@ -33,6 +33,7 @@ class KbitQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    quantization_config: KbitConfig
 
     def __init__(self, quantization_config: PlainConfig, **kwargs: Any) -> None:
         super().__init__(KbitConfig.from_plain(quantization_config), **kwargs)
@@ -78,7 +79,7 @@ class KbitQuantizer(HfQuantizer):
         ties.declare(model, self.groups)
         for module in self.modules.values():
             # transformers must not draw random numbers into codes.
-            module._is_hf_initialized = True
+            module._is_hf_initialized = True  # type: ignore[assignment]
             for part in module.parts().values():
                 part._is_hf_initialized = True  # type: ignore[attr-defined]
         if self.pre_quantized and kwargs.get("checkpoint_files"):
@@ -211,6 +212,12 @@ class KbitQuantizer(HfQuantizer):
         state = offload.full_state_dict(model)
         expected = self.quantization_config.weight_format
         for name, module in ties.quantized_modules(model).items():
+            # With adapters that transformers itself manages, save_pretrained writes the adapter alone.
+            if name.endswith(".base_layer") and not getattr(model, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"{name} is wrapped by a PEFT adapter, and a checkpoint with such keys could not be loaded again: "
+                    "save the adapter with the PEFT model's save_pretrained, or merge it first with kbit.merge_adapters"
+                )
             if module.weight_format != expected:
                 raise ValueError(
                     f"{name} is stored as {module.weight_format}, but the model's config says {expected}: a model that "

@@ -89,7 +89,7 @@ def trim_biases(model: nn.Module, groups: Groups) -> None:
     That holds in the row layout; flat codes (K not a multiple of the block size) are longer than the vocabulary.
     """
     for name in (name for names in groups for name in names):
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         bias = getattr(module, "bias", None)
         if isinstance(bias, torch.Tensor) and bias.shape[0] > module.out_features:
             bias.data = bias.data[: module.out_features].clone()
@@ -100,9 +100,9 @@ def _is_mapping(model: Any) -> bool:
 
 
 def _declared_patterns(model: nn.Module) -> list[str]:
-    patterns = []
+    patterns: list[str] = []
     for prefix, module in model.named_modules():
         # A mapping in transformers 5, a list in version 4; both iterate over what is dropped when saving.
-        keys = getattr(module, "_tied_weights_keys", None) or []
+        keys: Any = getattr(module, "_tied_weights_keys", None) or []
         patterns.extend(f"{prefix}.{key}" if prefix else key for key in keys)
     return patterns

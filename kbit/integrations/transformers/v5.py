@@ -28,7 +28,7 @@ class QuantizedParts(dict[str, Any]):
         super().__init__(weights)
         self.quantizer = quantizer
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         parts: dict[str, Any] = {}
         for key in list(self):
             weight = self.pop(key)  # no second reference: the floating point weight is freed as soon as it is done
