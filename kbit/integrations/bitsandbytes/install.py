@@ -85,7 +85,7 @@ def tell_libraries() -> None:
     _set("diffusers.utils.import_utils", "_bitsandbytes_version", _version)
     integration = sys.modules.get("transformers.integrations.bitsandbytes")
     if integration is not None and not hasattr(integration, "bnb"):
-        integration.bnb = importlib.import_module(_NAME)  # type: ignore[attr-defined]
+        importlib.reload(integration)  # its imports depend on the answer; functions taken from it see the new ones
 
 
 def _set(module: str, name: str, value: Any) -> None:
