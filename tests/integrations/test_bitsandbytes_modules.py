@@ -644,3 +644,36 @@ def test_is_on_gpu_checks_for_one_device() -> None:
     assert is_on_gpu([torch.ones(1), None, torch.ones(2)])
     with pytest.raises(RuntimeError, match="one device"):
         is_on_gpu([torch.ones(1), torch.ones(2, device="meta")])
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@both
+def test_a_layer_moves_to_the_gpu_and_back(make) -> None:  # type: ignore[no-untyped-def]
+    """Quantized there or here, the bytes are the same, and everything that belongs to a layer travels with it."""
+    layer = make()
+    here, there = copy.deepcopy(layer).to("cpu"), layer.to("cuda")
+    saved = there.state_dict()
+    assert all(torch.equal(value.cpu(), saved[key].cpu()) for key, value in here.state_dict().items())
+    x = torch.randn(40, 128)
+    on_gpu = there(x.cuda())
+    assert on_gpu.is_cuda and torch.allclose(on_gpu.cpu(), here(x), atol=0.05, rtol=0.05)
+    back = there.to("cpu")
+    assert torch.equal(back(x), here(x))
+    again = back.to("cuda")
+    assert torch.equal(again(x.cuda()), on_gpu)
+    leaf = x.cuda().requires_grad_()
+    again(leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_an_override_survives_the_move_to_the_gpu() -> None:
+    model = nn.Linear(64, 64)
+    GlobalOptimManager.get_instance().override_config(model.weight, "optim_bits", 32)
+    optimizer = optim.PagedAdamW8bit(model.cuda().parameters(), lr=0.1)
+    model(torch.randn(2, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    assert torch.uint8 not in {t.dtype for t in optimizer.state[model.weight].values()}
