@@ -31,7 +31,8 @@ class FinetuneSettings:
     model: folder or hub name. data: a .txt file (plain text) or a .jsonl file (one object a line, see `read_examples`).
     eval_data: held-out text in the same form; None holds out the last twentieth of `data`.
     method: "qlora" (base in `format`) or "lora" (base in bf16).
-    steps: optimizer steps; None makes `epochs` passes over the data. context: tokens an example. batch: examples a step.
+    steps: optimizer steps; None makes `epochs` passes over the data.
+    context: tokens an example. batch: examples a step.
     targets: module names, comma-separated, or "all-linear". seed: of everything random.
     """
 

@@ -40,9 +40,7 @@ class _LinearGrad4bitFunction(torch.autograd.Function):
     def forward(ctx, grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
         ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
         ctx.codebook, ctx.block_size, ctx.n = codebook, block_size, grad.shape[-1]
-        return _ops.linear_4bit_grad_input(
-            grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k
-        )
+        return _ops.linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k)
 
     @staticmethod
     def backward(ctx, grad):

@@ -53,9 +53,7 @@ def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, c
     return grad @ w
 
 
-def linear_8bit(
-    x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float
-) -> Tensor:
+def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float) -> Tensor:
     if not x.numel() or choose.linear_8bit_path(x.device.type, tokens(x)) == "weight_only":
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
     out = llm_int8(x.reshape(-1, x.shape[-1]), weight, as_float(absmax), outlier_threshold)
