@@ -65,7 +65,7 @@ def test_hopper_settings_are_valid():
     rules = json.loads((FOLDER / "hopper.json").read_text())["linear_4bit"]
     assert [r["max_m"] for r in rules] == sorted(r["max_m"] for r in rules)
     for rule in rules:
-        fields = {key: value for key, value in rule.items() if key != "max_m"}
+        fields = {key: value for key, value in rule.items() if key not in ("max_m", "max_n")}
         assert Config(**fields).valid(), rule
 
 
@@ -77,6 +77,25 @@ def test_settings_that_would_hang_are_refused():
     assert not Config(8, 1, 2, 256, 5).valid()  # a stage would change hands
     assert not Config(256, 2, 1, 64, 4, 1, 1, False, 240).valid()  # more registers than the producer leaves
     assert not Config(64, 2, 1, 256, 6).valid()  # more shared memory than there is
+
+
+def test_the_settings_that_the_gpu_test_runs_are_valid():
+    """The list in test_gpu.py, read here so that a machine without a GPU notices."""
+    import ast
+    from pathlib import Path
+
+    from kbit.kernels.cuda.linear_4bit import Config
+
+    source = Path(__file__).with_name("test_gpu.py").read_text()
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Config"
+    ]
+    assert len(calls) >= 7
+    for call in calls:
+        config = eval(ast.unparse(call), {"Config": Config})
+        assert config.valid(), ast.unparse(call)
 
 
 def test_every_backend_says_why():

@@ -11,7 +11,7 @@ from kbit.ops import choose, cuda
 
 pytestmark = pytest.mark.gpu
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 5e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 8e-3}  # cuBLAS adds split sums in bf16
 
 
 def quantized(n, k, name="nf4", block_size=64, nested=True, device="cuda"):
@@ -64,8 +64,8 @@ def test_every_hopper_setting():
     from kbit.kernels.cuda.linear_4bit import Config, linear_4bit
 
     settings = [
-        Config(8, 1, 1, 256, 4, 1, 2),
-        Config(8, 1, 2, 128, 4, 2, 2),
+        Config(8, 1, 1, 256, 3, 1, 2),
+        Config(8, 1, 2, 128, 4, 2, 1),
         Config(16, 2, 2, 256, 4, 4, 1),
         Config(32, 2, 2, 128, 6, 1, 1),
         Config(64, 2, 1, 64, 4, 8, 1),

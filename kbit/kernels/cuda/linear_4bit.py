@@ -180,11 +180,11 @@ def _rules(device: int) -> tuple[list[dict[str, Any]], int]:
 
 @functools.lru_cache(maxsize=4096)
 def choose_config(device: int, m: int, n: int, k: int) -> Config:
-    """The settings for a product: the first rule of tuned/hopper.json with room for M tokens. `cluster` 0 splits K so
+    """The settings for a product: the first rule of tuned/hopper.json with room for M and N. `cluster` 0 splits K so
     that one wave of thread blocks covers the GPU."""
     rules, processors = _rules(device)
-    rule = next((r for r in rules if m <= r["max_m"]), rules[-1])
-    config = Config(**{key: value for key, value in rule.items() if key != "max_m"})
+    rule = next((r for r in rules if m <= r["max_m"] and n <= r.get("max_n", n)), rules[-1])
+    config = Config(**{key: value for key, value in rule.items() if key not in ("max_m", "max_n")})
     if config.cluster == 0:
         tiles = -(-n // config.rows) * -(-m // config.nt)
         split = 1
