@@ -10,7 +10,8 @@ WEIGHT_ONLY_TOKENS = 16
 # decoding once, then multiplying with the vendor's library, is faster.
 TRITON_TOKENS = 64
 TRITON_GRAD_TOKENS = 16
-# The Hopper kernel is no slower than decoding first up to here (measured on one H200; both meet between 1024 and 2048).
+# The Hopper kernel is no slower than decoding first up to here (measured on one H200; both meet between 1024 and 2048);
+# where N is small there are too few tiles for that.
 HOPPER_TOKENS = 1536
 
 
@@ -27,14 +28,19 @@ def linear_4bit_path(
     capability: of an NVIDIA GPU on which CUDA C++ can be compiled, else None. aligned: codes and input start on 16-byte
     boundaries and the input's rows are 16 bytes apart, which Hopper's copy engine demands.
     """
-    if capability == (9, 0) and aligned and hopper_fits(m, k, block_size, dtype_bytes):
+    if capability == (9, 0) and aligned and hopper_fits(m, n, k, block_size, dtype_bytes):
         return "hopper"
     return "triton" if m <= TRITON_TOKENS else "dequantize"
 
 
-def hopper_fits(m: int, k: int, block_size: int, dtype_bytes: int) -> bool:
+def hopper_fits(m: int, n: int, k: int, block_size: int, dtype_bytes: int) -> bool:
     """Whether the Hopper kernel can serve a product, and is the fastest way: 16-bit input, row layout, 64-blocks."""
-    return dtype_bytes == 2 and block_size >= 64 and k % block_size == 0 and m <= HOPPER_TOKENS
+    return (
+        dtype_bytes == 2
+        and block_size >= 64
+        and k % block_size == 0
+        and m <= (HOPPER_TOKENS if n > 2048 else TRITON_TOKENS)
+    )
 
 
 def linear_4bit_grad_path(m: int) -> str:

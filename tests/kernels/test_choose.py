@@ -21,6 +21,8 @@ def test_hopper_takes_what_it_can_read():
     assert choose.linear_4bit_path(1, 4096, 4096, 32, 2, (9, 0)) == "triton"  # blocks of 32
     assert choose.linear_4bit_path(1, 4096, 100, 64, 2, (9, 0)) == "triton"  # flat layout
     assert choose.linear_4bit_path(1, 4096, 4096, 64, 2, (9, 0), aligned=False) == "triton"
+    assert choose.linear_4bit_path(512, 4096, 4096, 64, 2, (9, 0)) == "hopper"
+    assert choose.linear_4bit_path(512, 1024, 4096, 64, 2, (9, 0)) == "dequantize"  # too few tiles
     assert choose.linear_4bit_path(10**6, 4096, 4096, 64, 2, (9, 0)) == "dequantize"
 
 

@@ -181,14 +181,14 @@ def _rules(device: int) -> tuple[list[dict[str, Any]], int]:
 @functools.lru_cache(maxsize=4096)
 def choose_config(device: int, m: int, n: int, k: int) -> Config:
     """The settings for a product: the first rule of tuned/hopper.json with room for M and N. `cluster` 0 splits K so
-    that one wave of thread blocks covers the GPU."""
+    that one wave of thread blocks covers the GPU; beyond 4 parts adding them up costs more than it brings."""
     rules, processors = _rules(device)
     rule = next((r for r in rules if m <= r["max_m"] and n <= r.get("max_n", n)), rules[-1])
     config = Config(**{key: value for key, value in rule.items() if key not in ("max_m", "max_n")})
     if config.cluster == 0:
         tiles = -(-n // config.rows) * -(-m // config.nt)
         split = 1
-        while split < 8 and tiles * split * 2 <= processors * config.ctas and k // (split * 2) >= 2 * config.ks:
+        while split < 4 and tiles * split * 2 <= processors * config.ctas and k // (split * 2) >= 2 * config.ks:
             split *= 2
         config = dataclasses.replace(config, cluster=split)
     return config
