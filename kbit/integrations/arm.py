@@ -1,4 +1,4 @@
-"""Plugs kbit into transformers and PEFT when, and only when, they are imported.
+"""Plugs kbit into transformers, PEFT and diffusers when, and only when, they are imported.
 
 `import kbit` must not import transformers (seconds), yet `from_pretrained` has to know `quant_method: "kbit"` whichever
 of the two was imported first. A finder on `sys.meta_path` waits for the modules named in `_PLUGS`, lets the usual
@@ -75,7 +75,17 @@ def _plug_peft() -> None:
     register()
 
 
-_PLUGS: dict[str, Callable[[], None]] = {"transformers.quantizers.auto": _plug_transformers, "peft": _plug_peft}
+def _plug_diffusers() -> None:
+    from kbit.integrations.diffusers import register
+
+    register()
+
+
+_PLUGS: dict[str, Callable[[], None]] = {
+    "transformers.quantizers.auto": _plug_transformers,
+    "peft": _plug_peft,
+    "diffusers.quantizers.auto": _plug_diffusers,
+}
 
 
 def _plug(name: str) -> None:
@@ -86,13 +96,13 @@ def _plug(name: str) -> None:
     except Exception as error:  # whatever a version that we have not seen throws
         warnings.warn(
             f"kbit could not plug itself into {library} ({type(error).__name__}: {error}); quantized models will not "
-            "work with it. kbit supports transformers 4.57 and newer, and peft 0.21 and newer.",
+            "work with it. kbit supports transformers 4.57, peft 0.21 and diffusers 0.42, and newer ones.",
             stacklevel=2,
         )
 
 
 def arm() -> None:
-    """Have kbit plugged into transformers and PEFT: at once where they are imported already, else when they are.
+    """Have kbit plugged into transformers, PEFT and diffusers: at once where they are imported already, else when they are.
 
     Imports nothing by itself, may be called any number of times and from any thread.
     """
