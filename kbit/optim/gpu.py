@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from kbit.formats.codebooks import codebook
-from kbit.optim import rules
+from kbit.optim import rules, state
 from kbit.optim.batch import TABLE_COLUMNS, Batch, table_row
 
-# Blocks of 256 elements and warps of one program, by whether states have 8 bits; measured on one H200.
-ROWS = {True: 4, False: 4}
-WARPS = {True: 4, False: 4}
-GATHER = False
+# By whether states have 8 bits: blocks of 256 elements in a tile, warps of a program, tiles that it does in turn (which
+# hides the latency of looking up the table). Measured on one H200.
+ROWS = {True: 2, False: 2}
+WARPS = {True: 2, False: 4}
+TILES = {True: 8, False: 1}
 
 
 @functools.cache
@@ -32,15 +33,26 @@ def triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def lookup_table(signed: bool, device: torch.device) -> Tensor:
+    """fp32 `[512]`: the 256 values of a dynamic map, then the midpoints of its magnitudes, filled up with infinity."""
+    values = codebook(state.codebook_name(signed), "cpu")
+    magnitudes = values[values >= 0]
+    midpoints = torch.full((256,), math.inf)
+    midpoints[: len(magnitudes) - 1] = (magnitudes[:-1] + magnitudes[1:]) / 2
+    return torch.cat([values, midpoints]).to(device)
+
+
 class Plan:
     """The device side of one batch."""
 
     def __init__(self, rows: list[list[int]], scalar_rows: Sequence[int], batch: Batch, device: torch.device) -> None:
         self.tile = ROWS[batch.bits8] * 256
+        self.span = self.tile * TILES[batch.bits8]
         self.device = device
         self.table = np.array(rows, dtype=np.int64).reshape(len(rows), TABLE_COLUMNS)
         self.table[:, 9] = scalar_rows
-        counts = -(-self.table[:, 8] // self.tile)
+        counts = -(-self.table[:, 8] // self.span)
         self.table[:, 13] = np.cumsum(counts) - counts
         self.total = int(counts.sum())
         programs = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
@@ -48,7 +60,8 @@ class Plan:
         tensors = max(scalar_rows, default=-1) + 1
         self.scalars = torch.empty(tensors, rules_width(), dtype=torch.float32, device=device)
         self.scales = torch.empty(tensors, dtype=torch.float32, device=device)
-        self.sums = torch.empty(2 * self.total if batch.rule.norm else 2, dtype=torch.float32, device=device)
+        sums = 2 * self.total * TILES[batch.bits8] if batch.rule.norm else 2
+        self.sums = torch.empty(sums, dtype=torch.float32, device=device)
         size = self.table.size + rules_width()
         self.buffer = torch.empty(size, dtype=torch.int64, device=device)
         self.hyper: tuple[float, ...] = ()
@@ -176,7 +189,7 @@ def launch_step(plan: Plan, table: Tensor, programs: Tensor, total: int, scalars
         return
     dtypes = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     rule, device = batch.rule, batch.items[0].p.device
-    tables = codebook("dynamic8", device), codebook("dynamic8-unsigned", device)
+    tables = lookup_table(True, device), lookup_table(False, device)
     settings = {
         "ALGO": rule.algorithm,
         "FLAGS": rule.flags,
@@ -190,14 +203,22 @@ def launch_step(plan: Plan, table: Tensor, programs: Tensor, total: int, scalars
         "G_DTYPE": dtypes[batch.items[0].g.dtype],
         "ALIGNED": plan.aligned,
         "ROWS": ROWS[batch.bits8],
-        "GATHER": GATHER,
+        "TILES": TILES[batch.bits8],
+        "FAST": device.type == "cuda" and torch.version.cuda is not None and batch.config.get("eps", 1.0) > 1e-15,
         "num_warps": WARPS[batch.bits8],
         "enable_fp_fusion": False,
     }
     if rule.norm:
         kernels.step[(total,)](table, programs, scalars, plan.scales, plan.sums, *tables, SUMS=True, **settings)
         kernels.trust[(len(batch.items),)](
-            table, scalars, plan.sums, plan.scales, NORM=rule.norm, TILE=plan.tile, num_warps=4
+            table,
+            scalars,
+            plan.sums,
+            plan.scales,
+            NORM=rule.norm,
+            TILE=plan.tile,
+            TILES=TILES[batch.bits8],
+            num_warps=4,
         )
     kernels.step[(total,)](table, programs, scalars, plan.scales, plan.sums, *tables, SUMS=False, **settings)
 

@@ -6,8 +6,9 @@ small launch before it (`_prologue`) advances the step counts and turns hyperpar
 in float64, on the device: a changing learning rate or step count neither recompiles nor synchronises, and the whole
 step can be captured in a CUDA graph.
 
-8-bit codes: the candidate comes from arithmetic (the map is linear within a decade), then it and its neighbour on the
-side of the remainder are compared by decoded value, so codes equal the oracle's (formats.blocks.quantize_dynamic).
+8-bit codes: a candidate comes from arithmetic (the map is linear within a decade), then one midpoint decides. So a code
+is the nearest, up to the rounding of the scaled value: where two codes are equally near to within 1e-6, it may be the
+other one than the oracle's (formats.blocks.quantize_dynamic). Quotients and roots of the update are the fast ones.
 """
 
 from __future__ import annotations
@@ -115,46 +116,67 @@ def prologue(table, hyper, lr, scalars, tensors, ALGO: tl.constexpr, DECAY: tl.c
 
 
 @triton.jit
-def _lookup(table, codes, ROWS: tl.constexpr, GATHER: tl.constexpr):
-    """Map values of int32 codes [ROWS, 256]; through shared memory (GATHER) or the L1 cache."""
-    if GATHER:
-        values = tl.load(table + tl.arange(0, 256))
-        found = tl.reshape(tl.gather(values, tl.reshape(codes, (ROWS * 256,)), 0), (ROWS, 256))
+def _exp2(x, FAST: tl.constexpr):
+    """FAST: NVIDIA's instructions, which take subnormal numbers for zero; only used where eps is far above those."""
+    if FAST:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
-        found = tl.load(table + codes)
-    return found
+        y = tl.exp2(x)
+    return y
 
 
 @triton.jit
-def _encode(x, table, SIGNED: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr):
-    """uint8 codes [ROWS, 256] and absmax [ROWS] of fp32 x [ROWS, 256]."""
+def _root(x, FAST: tl.constexpr):
+    if FAST:
+        y = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        y = tl.sqrt(x)
+    return y
+
+
+@triton.jit
+def _quotient(x, y, FAST: tl.constexpr):
+    if FAST:
+        z = tl.inline_asm_elementwise("div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+    else:
+        z = x / y
+    return z
+
+
+@triton.jit
+def _lookup(table, codes, ROWS: tl.constexpr):
+    """Values of int32 codes [ROWS, 256] in a table of 256 fp32, which goes through shared memory."""
+    values = tl.load(table + tl.arange(0, 256))
+    return tl.reshape(tl.gather(values, tl.reshape(codes, (ROWS * 256,)), 0), (ROWS, 256))
+
+
+@triton.jit
+def _encode(x, midpoints, SIGNED: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr):
+    """uint8 codes [ROWS, 256] and absmax [ROWS] of fp32 x [ROWS, 256].
+
+    midpoints: fp32 [256], between the magnitudes of rank r and r + 1 (rank 0 is zero), then infinity.
+    """
     x = tl.where(tl.abs(x) < _SMALLEST, 0.0, x)
     absmax = tl.max(tl.abs(x), axis=1)
     inverse = tl.where(absmax > 0.0, tl.div_rn(1.0, tl.where(absmax > 0.0, absmax, 1.0)), 0.0)
-    scale = absmax[:, None]
     a = tl.abs(x) * inverse[:, None]
     # Decade: float bits are nearly a logarithm, 2**38 / 9864 of them a factor of ten. The origin is such that no number
-    # is put into too high a decade; one put too low gets that decade's last code, whose upper neighbour is compared.
+    # is put into too high a decade; one put too low gets that decade's last rank, and the midpoint lifts it.
     bits = tl.maximum(a.to(tl.int32, bitcast=True) - 870201351, 0).to(tl.uint32)
     decade = tl.minimum((tl.umulhi(bits, tl.full((), 9864, tl.uint32)) >> 6).to(tl.int32), 6)
-    steps = ((decade + 127) << 23).to(tl.float32, bitcast=True)
-    if not SIGNED:
-        steps = steps * 2.0
-    width = tl.exp2(decade.to(tl.float32) * -3.3219280948873623) * (1e6 / 0.9)
-    within = tl.floor((a * width - (0.1 / 0.9)) * steps)
-    within = tl.minimum(tl.maximum(within, 0.0), steps - 1.0)
+    # A decade holds 2**decade ranks (twice as many when unsigned), linear in a. `place` lies half a rank low, so its
+    # nearest integer is the rank or the one below. Adding 1.5 * 2**23 leaves that integer in the low bits.
+    steps = ((decade << 23) + (0x3F800000 if SIGNED else 0x40000000)).to(tl.float32, bitcast=True)
+    slope = _exp2(
+        decade.to(tl.float32) * -2.321928094887362 + (20.083571662769224 if SIGNED else 21.083571662769224), FAST
+    )
+    low: tl.constexpr = 1.0 if SIGNED else 2.0
+    place = tl.minimum(tl.fma(a, slope, steps * (8.0 / 9.0) - low), steps * 2.0 - low)
+    rank = (place + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
+    rank += (a > _lookup(midpoints, rank, ROWS)).to(tl.int32)
     if SIGNED:
-        rank = (within + (steps - 1.0)).to(tl.int32)
-        code = tl.where(x < 0.0, 126 - rank, 128 + rank)
-    else:
-        code = (within + (steps - 1.0)).to(tl.int32)
-    rest = x - _lookup(table, code, ROWS, GATHER) * scale
-    up = rest > 0.0
-    other = tl.where(up, tl.minimum(code + 1, 255), tl.maximum(code - 1, 0))
-    distance = tl.abs(rest)
-    other_distance = tl.abs(x - _lookup(table, other, ROWS, GATHER) * scale)
-    better = tl.where(up, other_distance < distance, other_distance <= distance)
-    return tl.where(better, other, code).to(tl.uint8), absmax
+        rank = tl.where(x < 0.0, tl.maximum(127 - rank, 0), 127 + rank)
+    return rank.to(tl.uint8), absmax
 
 
 @triton.jit
@@ -167,26 +189,23 @@ def _scramble(x):
 
 
 @triton.jit
-def _advance(p, g, o0, o1, o2, h, ALGO: tl.constexpr, FLAGS: tl.constexpr, DECAY: tl.constexpr):
+def _advance(p, g, o0, o1, o2, b1, c1, b2, c2, b3, c3, inv1, inv2, eps, alpha, dir_decay,
+             ALGO: tl.constexpr, FLAGS: tl.constexpr, DECAY: tl.constexpr,
+             FAST: tl.constexpr):  # fmt: skip
     """New states (unused ones returned as they came) and direction; see rules.advance."""
-    b1 = tl.load(h + 4)
-    c1 = tl.load(h + 5)
-    b2 = tl.load(h + 6)
-    c2 = tl.load(h + 7)
-    eps = tl.load(h + 12)
     n0 = o0
     n1 = o1
     n2 = o2
     if ALGO == 0:
         n0 = o0 * b1 + g * c1
         n1 = o1 * b2 + g * g * c2
-        direction = tl.div_rn(n0 * tl.load(h + 10), tl.sqrt_rn(n1) * tl.load(h + 11) + eps)
+        direction = _quotient(n0 * inv1, _root(n1, FAST) * inv2 + eps, FAST)
     elif ALGO == ADEMAMIX:
         n0 = o0 * b1 + g * c1
-        n1 = o1 * tl.load(h + 8) + g * tl.load(h + 9)
+        n1 = o1 * b3 + g * c3
         n2 = o2 * b2 + g * g * c2
-        mixed = n0 * tl.load(h + 10) + n1 * tl.load(h + 13)
-        direction = tl.div_rn(mixed, tl.sqrt_rn(n2) * tl.load(h + 11) + eps)
+        mixed = n0 * inv1 + n1 * alpha
+        direction = _quotient(mixed, _root(n2, FAST) * inv2 + eps, FAST)
     elif ALGO == LION:
         c = o0 * b1 + g * c1
         direction = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, c))
@@ -209,15 +228,15 @@ def _advance(p, g, o0, o1, o2, h, ALGO: tl.constexpr, FLAGS: tl.constexpr, DECAY
                 n1 = o1 * b1 + g * c1
                 spread = n0 - n1 * n1
             spread = tl.where(spread < 0.0, 0.0, spread)
-        direction = tl.div_rn(g, tl.sqrt_rn(spread) + eps)
+        direction = _quotient(g, _root(spread, FAST) + eps, FAST)
         if FLAGS & 2:
             direction = o1 * b2 + direction
             n1 = direction
     else:
         n0 = o0 + g * g
-        direction = tl.div_rn(g, tl.sqrt_rn(n0) + eps)
+        direction = _quotient(g, _root(n0, FAST) + eps, FAST)
     if DECAY == IN_DIRECTION:
-        direction = direction + p * tl.load(h + 3)
+        direction = direction + p * dir_decay
     return n0, n1, n2, direction
 
 
@@ -248,54 +267,51 @@ def _address(row, column, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _read_state(row, slot: tl.constexpr, offsets, blocks, live, live_block, table, BITS8: tl.constexpr,
-                ALIGNED: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _read_state(codes_at, absmax_at, offsets, blocks, live, live_block, table, BITS8: tl.constexpr,
+                ROWS: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     if BITS8:
-        codes = _load(_address(row, 2 + slot, tl.uint8, ALIGNED), offsets, live, MASKED).to(tl.int32)
-        absmax = _load(_address(row, 5 + slot, tl.float32, False), blocks, live_block, MASKED)
-        values = _lookup(table, codes, ROWS, GATHER) * absmax[:, None]
+        codes = _load(codes_at, offsets, live, MASKED).to(tl.int32)
+        absmax = _load(absmax_at, blocks, live_block, MASKED)
+        values = _lookup(table, codes, ROWS) * absmax[:, None]
         if MASKED:
             values = tl.where(live, values, 0.0)
     else:
-        values = _load(_address(row, 2 + slot, tl.float32, ALIGNED), offsets, live, MASKED)
+        values = _load(codes_at, offsets, live, MASKED)
     return values
 
 
 @triton.jit
-def _write_state(row, slot: tl.constexpr, values, offsets, blocks, live, live_block, table, SIGNED: tl.constexpr,
-                 BITS8: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr,
+def _write_state(codes_at, absmax_at, values, offsets, blocks, live, live_block, midpoints, SIGNED: tl.constexpr,
+                 BITS8: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr,
                  MASKED: tl.constexpr):  # fmt: skip
     if BITS8:
-        codes, absmax = _encode(values, table, SIGNED, ROWS, GATHER)
-        _store(_address(row, 2 + slot, tl.uint8, ALIGNED), offsets, codes, live, MASKED)
-        _store(_address(row, 5 + slot, tl.float32, False), blocks, absmax, live_block, MASKED)
+        codes, absmax = _encode(values, midpoints, SIGNED, ROWS, FAST)
+        _store(codes_at, offsets, codes, live, MASKED)
+        _store(absmax_at, blocks, absmax, live_block, MASKED)
     else:
-        _store(_address(row, 2 + slot, tl.float32, ALIGNED), offsets, values, live, MASKED)
+        _store(codes_at, offsets, values, live, MASKED)
 
 
 @triton.jit
-def _tile(row, first, count, h, scale, sums, signed_table, unsigned_table,
+def _tile(p_at, g_at, s0, s1, s2, a0, a1, a2, rest_at, first, count, base, seed, sums, signed_table, unsigned_table,
+          scale, rate, shrink, l2, dir_decay, b1, c1, b2, c2, b3, c3, inv1, inv2, eps, alpha, number,
           ALGO: tl.constexpr, FLAGS: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
           BITS8: tl.constexpr, SKIP: tl.constexpr, STOCHASTIC: tl.constexpr, KAHAN: tl.constexpr,
-          P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-          GATHER: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+          P_DTYPE: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """ROWS blocks of 256 elements of one tensor: the step, or (SUMS) only the sums of squares for its norms."""
     rows = tl.arange(0, ROWS)
     offsets = first + (rows[:, None] * 256 + tl.arange(0, 256)[None, :])
     blocks = first // 256 + rows
     live = offsets < count
     live_block = blocks * 256 < count
-    p_address = _address(row, 0, P_DTYPE, ALIGNED)
-    stored = _load(p_address, offsets, live, MASKED)
-    p = stored.to(tl.float32)
-    g = _load(_address(row, 1, G_DTYPE, ALIGNED), offsets, live, MASKED).to(tl.float32)
+    p = _load(p_at, offsets, live, MASKED).to(tl.float32)
+    g = _load(g_at, offsets, live, MASKED).to(tl.float32)
     if KAHAN:
-        rest_address = _address(row, 11, P_DTYPE, ALIGNED)
-        p = p + _load(rest_address, offsets, live, MASKED).to(tl.float32)
+        p = p + _load(rest_at, offsets, live, MASKED).to(tl.float32)
     infinite = float("inf")
-    keep = live
-    if SKIP:
-        keep = keep & (g != 0.0)
+    # Which elements move: all, unless zeros are skipped or 8-bit states could become infinite.
+    CHECK: tl.constexpr = SKIP or (BITS8 and ((ALGO != SGD) or (FLAGS & 2) != 0))
+    raw = g
     if SUMS and NORM == LARS_TRUST:
         counted = g
         if BITS8:
@@ -317,92 +333,136 @@ def _tile(row, first, count, h, scale, sums, signed_table, unsigned_table,
         o1 = p
         o2 = p
         if S0:
-            o0 = _read_state(row, 0, offsets, blocks, live, live_block, table0, BITS8, ALIGNED, ROWS, GATHER, MASKED)
+            o0 = _read_state(s0, a0, offsets, blocks, live, live_block, table0, BITS8, ROWS, FAST, MASKED)
         if S1:
-            o1 = _read_state(row, 1, offsets, blocks, live, live_block, table1, BITS8, ALIGNED, ROWS, GATHER, MASKED)
+            o1 = _read_state(s1, a1, offsets, blocks, live, live_block, table1, BITS8, ROWS, FAST, MASKED)
         if S2:
-            o2 = _read_state(row, 2, offsets, blocks, live, live_block, table2, BITS8, ALIGNED, ROWS, GATHER, MASKED)
+            o2 = _read_state(s2, a2, offsets, blocks, live, live_block, table2, BITS8, ROWS, FAST, MASKED)
         if DECAY == COUPLED:
-            g = tl.fma(p, tl.load(h + 2), g)
+            g = tl.fma(p, l2, g)
         if NORM == LARS_TRUST:
             g = g * scale
-        n0, n1, n2, direction = _advance(p, g, o0, o1, o2, h, ALGO, FLAGS, DECAY)
-        if BITS8:
-            # 8-bit codes cannot hold infinity or NaN: such an element is left alone, its block is not harmed.
-            if S0:
-                keep = keep & (tl.abs(n0) < infinite)
-            if S1:
-                keep = keep & (tl.abs(n1) < infinite)
-            if S2:
-                keep = keep & (tl.abs(n2) < infinite)
-        if SUMS:
+        n0, n1, n2, direction = _advance(p, g, o0, o1, o2, b1, c1, b2, c2, b3, c3, inv1, inv2, eps, alpha,
+                                         dir_decay, ALGO, FLAGS, DECAY, FAST)  # fmt: skip
+        if CHECK:
+            if BITS8:
+                # 8-bit codes cannot hold infinity or NaN: such an element is left alone, its block is not harmed.
+                largest = tl.abs(n0)
+                if S1:
+                    largest = tl.maximum(largest, tl.abs(n1), propagate_nan=tl.PropagateNan.ALL)
+                if S2:
+                    largest = tl.maximum(largest, tl.abs(n2), propagate_nan=tl.PropagateNan.ALL)
+                keep = largest < infinite
+                if SKIP:
+                    keep = keep & (raw != 0.0)
+            else:
+                keep = raw != 0.0
+            n0 = tl.where(keep, n0, o0)
+            n1 = tl.where(keep, n1, o1)
+            n2 = tl.where(keep, n2, o2)
             direction = tl.where(keep, direction, 0.0)
+        if SUMS:
+            if MASKED:
+                direction = tl.where(live, direction, 0.0)
             tl.store(sums, tl.sum(p * p))
             tl.store(sums + 1, tl.sum(direction * direction))
         else:
-            rate = tl.load(h)
             if NORM == CAP or NORM == LAMB_TRUST:
                 rate = rate * scale
-            moved = tl.fma(direction, -rate, p * tl.load(h + 1))
-            moved = tl.where(keep, moved, p)
+            moved = tl.fma(direction, -rate, p * shrink)
+            if CHECK:
+                moved = tl.where(keep, moved, p)
             if KAHAN:
                 rounded = moved.to(P_DTYPE)
-                _store(p_address, offsets, rounded, live, MASKED)
-                _store(rest_address, offsets, (moved - rounded.to(tl.float32)).to(P_DTYPE), live, MASKED)
+                _store(p_at, offsets, rounded, live, MASKED)
+                _store(rest_at, offsets, (moved - rounded.to(tl.float32)).to(P_DTYPE), live, MASKED)
             elif STOCHASTIC:
-                seed = tl.load(row + 12).to(tl.uint32)
-                count_bits = tl.load(h + 15).to(tl.int32).to(tl.uint32)
-                key = _scramble(count_bits * tl.full((), 0x9E3779B9, tl.uint32) + seed)
-                index = offsets + tl.load(row + 14)
+                count_bits = number.to(tl.int32).to(tl.uint32)
+                key = _scramble(count_bits * tl.full((), 0x9E3779B9, tl.uint32) + seed.to(tl.uint32))
+                index = offsets + base
                 high = (index >> 32).to(tl.uint32) * tl.full((), 0x85EBCA6B, tl.uint32)
                 noise = _scramble(index.to(tl.uint32) + key + high) & 0xFFFF
                 bits = (moved.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
                 cut = tl.where(tl.abs(moved) < infinite, bits.to(tl.float32, bitcast=True), moved)
-                _store(p_address, offsets, cut.to(P_DTYPE), live, MASKED)
+                _store(p_at, offsets, cut.to(P_DTYPE), live, MASKED)
             else:
-                _store(p_address, offsets, moved.to(P_DTYPE), live, MASKED)
+                _store(p_at, offsets, moved.to(P_DTYPE), live, MASKED)
+            # Behind the 256 values of a table lie the midpoints of its magnitudes.
             if S0:
-                _write_state(row, 0, tl.where(keep, n0, o0), offsets, blocks, live, live_block, table0, SIGN0, BITS8,
-                             ALIGNED, ROWS, GATHER, MASKED)  # fmt: skip
+                _write_state(s0, a0, n0, offsets, blocks, live, live_block, table0 + 256, SIGN0,
+                             BITS8, ROWS, FAST, MASKED)  # fmt: skip
             if S1:
-                _write_state(row, 1, tl.where(keep, n1, o1), offsets, blocks, live, live_block, table1, SIGN1, BITS8,
-                             ALIGNED, ROWS, GATHER, MASKED)  # fmt: skip
+                _write_state(s1, a1, n1, offsets, blocks, live, live_block, table1 + 256, SIGN1,
+                             BITS8, ROWS, FAST, MASKED)  # fmt: skip
             if S2:
-                _write_state(row, 2, tl.where(keep, n2, o2), offsets, blocks, live, live_block, table2, SIGN2, BITS8,
-                             ALIGNED, ROWS, GATHER, MASKED)  # fmt: skip
+                _write_state(s2, a2, n2, offsets, blocks, live, live_block, table2 + 256, SIGN2,
+                             BITS8, ROWS, FAST, MASKED)  # fmt: skip
 
 
 @triton.jit
 def step(table, programs, scalars, scales, sums, signed_table, unsigned_table,
          ALGO: tl.constexpr, FLAGS: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
          BITS8: tl.constexpr, SKIP: tl.constexpr, STOCHASTIC: tl.constexpr, KAHAN: tl.constexpr,
-         P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-         GATHER: tl.constexpr):  # fmt: skip
-    """One program: ROWS * 256 elements of the tensor that `programs` names."""
+         P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+         FAST: tl.constexpr):  # fmt: skip
+    """One program: TILES tiles of ROWS * 256 elements of the tensor that `programs` names."""
     program = tl.program_id(0).to(tl.int64)
     row = table + tl.load(programs + program).to(tl.int64) * _ROW
     tensor = tl.load(row + 9)
     count = tl.load(row + 8)
-    first = (program - tl.load(row + 13)) * (ROWS * 256)
+    seed = tl.load(row + 12)
+    base = tl.load(row + 14)
+    first = (program - tl.load(row + 13)) * (TILES * ROWS * 256)
+    STATE: tl.constexpr = tl.uint8 if BITS8 else tl.float32
+    p_at = _address(row, 0, P_DTYPE, ALIGNED)
+    g_at = _address(row, 1, G_DTYPE, ALIGNED)
+    s0 = _address(row, 2, STATE, ALIGNED)
+    s1 = _address(row, 3, STATE, ALIGNED)
+    s2 = _address(row, 4, STATE, ALIGNED)
+    a0 = _address(row, 5, tl.float32, False)
+    a1 = _address(row, 6, tl.float32, False)
+    a2 = _address(row, 7, tl.float32, False)
+    rest_at = _address(row, 11, P_DTYPE, ALIGNED)
     h = scalars + tensor * _WIDTH
+    rate = tl.load(h)
+    shrink = tl.load(h + 1)
+    l2 = tl.load(h + 2)
+    dir_decay = tl.load(h + 3)
+    b1 = tl.load(h + 4)
+    c1 = tl.load(h + 5)
+    b2 = tl.load(h + 6)
+    c2 = tl.load(h + 7)
+    b3 = tl.load(h + 8)
+    c3 = tl.load(h + 9)
+    inv1 = tl.load(h + 10)
+    inv2 = tl.load(h + 11)
+    eps = tl.load(h + 12)
+    alpha = tl.load(h + 13)
+    number = tl.load(h + 15)
     scale = 1.0
     if NORM != 0 and not SUMS:
         scale = tl.load(scales + tensor)
-    out = sums + program * 2
-    if first + ROWS * 256 <= count:
-        _tile(row, first, count, h, scale, out, signed_table, unsigned_table, ALGO, FLAGS, DECAY, NORM, SUMS, BITS8,
-              SKIP, STOCHASTIC, KAHAN, P_DTYPE, G_DTYPE, ALIGNED, ROWS, GATHER, False)  # fmt: skip
-    else:
-        _tile(row, first, count, h, scale, out, signed_table, unsigned_table, ALGO, FLAGS, DECAY, NORM, SUMS, BITS8,
-              SKIP, STOCHASTIC, KAHAN, P_DTYPE, G_DTYPE, ALIGNED, ROWS, GATHER, True)  # fmt: skip
+    for tile in range(TILES):
+        begin = first + tile * (ROWS * 256)
+        out = sums + (program * TILES + tile) * 2
+        if begin + ROWS * 256 <= count:
+            _tile(p_at, g_at, s0, s1, s2, a0, a1, a2, rest_at, begin, count, base, seed, out, signed_table,
+                  unsigned_table, scale, rate, shrink, l2, dir_decay, b1, c1, b2, c2, b3, c3, inv1, inv2, eps, alpha,
+                  number, ALGO, FLAGS, DECAY, NORM, SUMS, BITS8, SKIP, STOCHASTIC, KAHAN, P_DTYPE, ROWS, FAST,
+                  False)  # fmt: skip
+        elif begin < count:
+            _tile(p_at, g_at, s0, s1, s2, a0, a1, a2, rest_at, begin, count, base, seed, out, signed_table,
+                  unsigned_table, scale, rate, shrink, l2, dir_decay, b1, c1, b2, c2, b3, c3, inv1, inv2, eps, alpha,
+                  number, ALGO, FLAGS, DECAY, NORM, SUMS, BITS8, SKIP, STOCHASTIC, KAHAN, P_DTYPE, ROWS, FAST,
+                  True)  # fmt: skip
 
 
 @triton.jit
-def trust(table, scalars, sums, scales, NORM: tl.constexpr, TILE: tl.constexpr):
-    """The factor of each tensor from the sums of its programs, in float64; see rules.trust_scale."""
+def trust(table, scalars, sums, scales, NORM: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """The factor of each tensor from the sums of its tiles, in float64; see rules.trust_scale."""
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * _ROW
-    first = tl.load(row + 13)
+    first = tl.load(row + 13) * TILES
     last = first + (tl.load(row + 8) + TILE - 1) // TILE
     pp = tl.zeros((128,), tl.float64)
     oo = tl.zeros((128,), tl.float64)
