@@ -28,6 +28,7 @@ _PUBLIC = {
     "demo_model": "kbit.assets",
     "prepare_for_training": "kbit.integrations.peft",
     "merge_adapters": "kbit.integrations.peft",
+    "install_as_bitsandbytes": "kbit.integrations.bitsandbytes",
 }
 _SUBMODULES = ("config", "formats", "ops", "nn", "optim", "checkpoint", "plan", "eval", "integrations", "cli", "assets")
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from kbit.config import KbitConfig as KbitConfig
     from kbit.formats import Format as Format
     from kbit.formats import QuantizedTensor as QuantizedTensor
+    from kbit.integrations.bitsandbytes import install_as_bitsandbytes as install_as_bitsandbytes
     from kbit.integrations.peft import merge_adapters as merge_adapters
     from kbit.integrations.peft import prepare_for_training as prepare_for_training
     from kbit.nn import Embedding4bit as Embedding4bit
