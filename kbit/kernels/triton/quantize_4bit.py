@@ -75,7 +75,10 @@ def quantize_4bit_kernel(
         scaled = tl.where(short[:, None], tl.div_rn(value, tl.broadcast_to(floor[:, None], (ROWS, BLOCK))), scaled)
         scale = tl.where(short, floor, scale)
     scaled = tl.minimum(tl.maximum(scaled, -1.0), 1.0)
-    index = tl.ceil(scaled * 16.0).to(tl.int32) + 16
+    # The ceiling by hand: libdevice's flushes subnormals to zero, and the least value above zero has another FP4 code.
+    sixteenths = scaled * 16.0
+    whole = sixteenths.to(tl.int32)
+    index = whole + (sixteenths > whole.to(tl.float32)).to(tl.int32) + 16
     pair = tl.load(bin_codes + index)
     code = tl.where(scaled > tl.load(midpoints + index), pair >> 4, pair & 15)
     code = tl.where(element < count, code, PAD)
