@@ -39,9 +39,9 @@ def _nvrtc_candidates() -> list[str]:
     found: list[str] = []
     for root in (sysconfig.get_paths()["purelib"], str(Path(torch.__file__).parents[1])):
         found += glob.glob(f"{root}/nvidia/*/lib/{name}*") + glob.glob(f"{root}/torch/lib/libnvrtc*.so*")
-    for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if root:
-            found += glob.glob(f"{root}/lib64/{name}*")
+    for toolkit in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if toolkit:
+            found += glob.glob(f"{toolkit}/lib64/{name}*")
     found = [path for path in found if "builtins" not in path and ".alt." not in path]
     return [*dict.fromkeys(found), name]
 
