@@ -81,8 +81,15 @@ def _plug_diffusers() -> None:
     register()
 
 
+def _plug_experts() -> None:
+    from kbit.integrations.transformers.moe import register
+
+    register()
+
+
 _PLUGS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _plug_transformers,
+    "transformers.integrations.moe": _plug_experts,
     "peft": _plug_peft,
     "diffusers.quantizers.auto": _plug_diffusers,
 }

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kbit.config import KbitConfig
+from kbit.nn import experts
 from kbit.nn.base import QuantizedModule
 from kbit.nn.embedding import Embedding4bit, Embedding8bit
 from kbit.nn.linear import Linear4bit, Linear8bit
-from kbit.nn.select import is_conv1d, is_linear, select_modules, tied_groups
+from kbit.nn.select import is_conv1d, is_linear, select_experts, select_modules, tied_groups
 from kbit.ops.quantize import check_quantizable
 
 logger = logging.getLogger("kbit")
@@ -54,6 +55,9 @@ def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
     for name, module in selected.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
         check_quantizable(weight, f"tensor {_key(name)!r}")
+    fused = select_experts(model, config)
+    for name, (module, projection) in fused.items():
+        check_quantizable(module._parameters[projection], f"tensor {name!r}")  # type: ignore[arg-type]
     _warn_of_compute_dtype(selected, config)
 
     leaders = _leaders(model, selected)
@@ -71,6 +75,12 @@ def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
         if name in leaders:
             converted[name] = layer
         model = _replace(model, places, module, layer)
+    for name, (module, projection) in fused.items():
+        weight = module._parameters[projection].detach()  # type: ignore[union-attr]
+        experts_layer = experts.empty_expert_weight(module, projection, config, "meta")
+        experts_layer.quantize_from(weight.transpose(1, 2) if experts_layer.transposed else weight, name)
+        experts.install(module, projection, experts_layer)
+        del weight
     _switch_fused_paths(model)
     for listener in on_quantized:
         listener(model, config)
@@ -86,6 +96,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
     Tied weights stay tied. Returns the model (another object only if the model itself is one quantized layer).
     """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, experts.ExpertWeight):
+                experts.uninstall(parent, name, dtype)
     places = _places(model)
     shared: dict[int, nn.Parameter] = {}
     quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
@@ -120,6 +134,10 @@ def replace_empty(model: nn.Module, config: KbitConfig) -> dict[str, QuantizedMo
         if leader is not None and leader is not layer:
             layer.set_parts(leader.parts())
         _replace(model, places, module, layer)
+    for name, (module, projection) in select_experts(model, config).items():
+        device = module._parameters[projection].device  # type: ignore[union-attr]
+        new[name] = expert_layer = experts.empty_expert_weight(module, projection, config, device)
+        experts.install(module, projection, expert_layer)
     _switch_fused_paths(model)
     return new
 

@@ -28,6 +28,15 @@ def is_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None
 
 
+# Parameters of a fused experts module that are weights; gate and up are one where the model has a gate.
+EXPERT_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """A fused experts module of transformers 5, whose forward goes through a registry of experts implementations."""
+    return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "config"))
+
+
 def matches(name: str, patterns: list[str]) -> bool:
     """True where a pattern names the module, something above it, or consecutive parts of its dotted path; globs too."""
     return any(fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*") for pattern in patterns)
@@ -138,11 +147,28 @@ def _adapter_modules(model: nn.Module) -> set[nn.Module]:
     return adapters
 
 
+def select_experts(model: nn.Module, config: KbitConfig) -> dict[str, tuple[nn.Module, str]]:
+    """The fused expert weights that `config` quantizes: full name -> (experts module, name of its Parameter)."""
+    skipped = list(config.skip_modules or [])
+    return {
+        f"{name}.{projection}": (module, projection)
+        for name, module in model.named_modules()
+        if config.quantize_experts and is_fused_experts(module)
+        for projection in EXPERT_PROJECTIONS
+        if (weight := module._parameters.get(projection)) is not None
+        and weight.dim() == 3
+        and weight.is_floating_point()
+        and not matches(f"{name}.{projection}", skipped)
+    }
+
+
 def _warn_of_experts(model: nn.Module) -> None:
-    """Fused 3-D expert weights stay as they are for now, and that must not go unnoticed."""
+    """Fused expert weights that kbit cannot quantize keep their dtype, and that must not go unnoticed."""
     for name, module in model.named_modules():
+        if is_fused_experts(module):
+            continue
         fused = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
         if fused and "experts" in type(module).__name__.lower():
             which = ", ".join(fused)
-            logger.warning("%s: fused expert weights (%s) are not quantized yet and keep their dtype", name, which)
+            logger.warning("%s: fused expert weights (%s) are of a kind that is not quantized and keep their dtype", name, which)
             return

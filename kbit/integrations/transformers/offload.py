@@ -19,6 +19,7 @@ from kbit.integrations.transformers.keys import fit
 from kbit.integrations.transformers.pieces import quantize_in_pieces
 from kbit.nn.base import QuantizedModule
 from kbit.nn.convert import is_conv1d_class
+from kbit.nn.experts import ExpertWeight
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -104,6 +105,8 @@ def _quantize_to_disk(raw: Tensor, name: str, module: QuantizedModule, found: An
 
     raw = raw.to(module.weight_dtype)
     weight = raw.t() if is_conv1d_class(module.original_class) else raw
+    if isinstance(module, ExpertWeight) and module.transposed:
+        weight = raw.transpose(1, 2)
     parts = quantize_in_pieces(weight, module.weight_format, f"{name}.weight")
     os.makedirs(folder, exist_ok=True)
     file = os.path.join(folder, f"{name}.kbit.safetensors")

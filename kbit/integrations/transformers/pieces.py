@@ -31,14 +31,16 @@ def rows_at_a_time(fmt: Format, columns: int) -> int:
 
 
 def quantize_in_pieces(weight: Tensor, fmt: Format, name: str) -> dict[str, Tensor]:
-    """The parts of a quantized layer for `weight [N, K]` of any strides, as `kbit.nn.base.quantize_weight` gives them.
+    """The parts of a quantized layer for `weight [N, K]` of any strides, or fused experts `[E, N, K]`, as `kbit.nn.base.quantize_weight` gives them.
 
     Raises ValueError that calls the tensor `name` for NaN and infinity.
     """
+    shape = weight.shape
+    weight = weight.reshape(-1, shape[-1])
     rows, columns = weight.shape
     step = rows_at_a_time(fmt, columns)
     if weight.device.type != "cpu" or rows <= step:
-        return quantize_weight(weight, fmt, name)
+        return quantize_weight(weight.view(shape), fmt, name)
     plain = Format(fmt.name, fmt.block_size)
     count, blocks = weight.numel(), plain.block_count(weight.shape)
     codes = torch.empty((count + 1) // 2 if fmt.is_4bit else count, dtype=torch.uint8 if fmt.is_4bit else torch.int8)
@@ -58,12 +60,12 @@ def quantize_in_pieces(weight: Tensor, fmt: Format, name: str) -> dict[str, Tens
     scales = absmax
     if fmt.double_quant:
         scales, nested_absmax, nested_offset = torch.ops.kbit.quantize_absmax(absmax)
-    codes_shape, scales_shape = layout_shapes(fmt, weight.shape)
+    codes_shape, scales_shape = layout_shapes(fmt, shape)
     return to_parts(
         QuantizedTensor(
             codes.view(codes_shape),
             scales.view(scales_shape),
-            weight.shape,
+            shape,
             weight.dtype,
             fmt,
             nested_absmax,

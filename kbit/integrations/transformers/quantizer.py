@@ -17,6 +17,7 @@ from kbit.integrations.transformers.heap import Trimmer, trim
 from kbit.integrations.transformers.pieces import quantize_in_pieces
 from kbit.nn.base import QuantizedModule
 from kbit.nn.convert import dequantize_model, is_conv1d_class, replace_empty
+from kbit.nn.experts import ExpertWeight
 from kbit.nn.select import output_heads
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class KbitQuantizer(HfQuantizer):
             heads = output_heads(model)
             skipped = [n for n, m in model.named_modules() if m in heads and n not in self.modules]
         module = self.modules[name]
+        if isinstance(module, ExpertWeight):
+            raise ValueError(f"the checkpoint lacks {name}, the weights of a layer's experts: it is damaged or incomplete")
         places = [place for place, other in self.modules.items() if other is module]
         self.quantization_config = copy.copy(self.quantization_config)
         self.quantization_config.skip_modules = [*skipped, *places]  # or a saved copy would expect its codes
@@ -163,6 +166,8 @@ class KbitQuantizer(HfQuantizer):
         module = self.modules[name]
         if is_conv1d_class(module.original_class):
             weight = weight.t()
+        elif isinstance(module, ExpertWeight) and module.transposed:
+            weight = weight.transpose(1, 2)
         if not weight.is_floating_point() or weight.shape != module.weight_shape:
             raise ValueError(
                 f"{key} is {weight.dtype} {list(weight.shape)} in the checkpoint; a floating point weight of "
@@ -240,7 +245,8 @@ class KbitQuantizer(HfQuantizer):
         away = [name for name, module in quantized.items() if offload.is_offloaded(module)]
         if away:
             raise ValueError(f"{away[0]} is offloaded; load the model without offloading to dequantize it")
-        hooks = {name: m._hf_hook for name, m in quantized.items() if hasattr(m, "_hf_hook")}
+        layers = {name: m for name, m in quantized.items() if not isinstance(m, ExpertWeight)}
+        hooks = {name: m._hf_hook for name, m in layers.items() if hasattr(m, "_hf_hook")}
         model = dequantize_model(model, dtype)  # `attach.detach` then removes this quantizer from the model
         if hooks:
             from accelerate.hooks import add_hook_to_module

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from kbit.integrations.transformers import keys, ties
+from kbit.integrations.transformers import keys, moe, ties
 from kbit.integrations.transformers.quantizer import KbitQuantizer
 
 _ASYNC_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -94,6 +94,12 @@ class KbitQuantizerV5(KbitQuantizer):
         module = self.modules[place[0]]
         shape, dtype = keys.expected_part(module, "weight")
         return torch.empty(shape, dtype=dtype, device="meta").nbytes / max(param.numel(), 1)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Fused experts are quantized under another key than that of the Parameter they replace."""
+        adapted = moe.adapt_conversions(weight_conversions, self.modules, self.pre_quantized)
+        inherited: list[Any] = super().update_weight_conversions(adapted, model)
+        return inherited
 
     def get_quantize_ops(self) -> KbitQuantize:
         return KbitQuantize(self)

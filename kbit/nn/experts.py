@@ -1,0 +1,183 @@
+"""Fused experts: one projection of all experts of a mixture-of-experts layer, `W [E, N, K]`, in 4 or 8 bits.
+
+transformers 5 keeps the experts of a layer as 3-D Parameters (`gate_up_proj`, `down_proj`). `ExpertWeight` takes the
+place of such a Parameter, under its name, and multiplies tokens that are sorted by expert. `experts_forward` is the
+forward of the whole experts module over it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbit import ops
+from kbit.formats.spec import NESTED_BLOCK_SIZE, Format
+from kbit.nn.base import QuantizedModule, quantize_weight
+
+IMPLEMENTATION = "kbit"  # the name of `experts_forward` in transformers' registry of experts implementations
+
+
+class ExpertWeight(QuantizedModule):
+    """One projection of E experts. Parameters as in Linear4bit or Linear8bit, with a leading dimension of E.
+
+    format: nf4, fp4 or int8. transposed: the model stores `[E, K, N]` (gpt-oss); blocks run along K either way.
+    outlier_threshold: int8 only, as in Linear8bit. compute_dtype, dtype: as in Linear4bit.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        out_features: int,
+        in_features: int,
+        *,
+        format: Format,
+        transposed: bool = False,
+        outlier_threshold: float = 6.0,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.outlier_threshold = float(outlier_threshold)
+        self.compute_dtype = compute_dtype
+        self.original_class = nn.Parameter  # type: ignore[assignment]
+        self._init_weight(format, (experts, out_features, in_features), device, dtype)  # type: ignore[arg-type]
+
+    def quantize_from(self, weight: Tensor, name: str | None = None) -> None:
+        """Quantize `weight [E, N, K]`. ValueError for another shape, and for NaN or infinity."""
+        if weight.shape != self.weight_shape:
+            raise ValueError(f"these experts store a weight {list(self.weight_shape)}, got {list(weight.shape)}")
+        self.set_parts(quantize_weight(weight, self.weight_format, name))
+        self.weight_dtype = weight.dtype
+
+    def forward(self, x: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
+        """x: `[S, K]`, rows sorted by expert; counts: rows of each expert; bias: `[E, N]` -> `[S, N]`."""
+        inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        experts, n, _ = self.weight_shape
+        pieces = inner.split(counts[:experts])
+        out = [
+            self._product(piece, expert, None if bias is None else bias[expert])
+            for expert, piece in enumerate(pieces)
+            if piece.shape[0]
+        ]
+        return torch.cat(out).to(x.dtype) if out else x.new_zeros((0, n))
+
+    def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
+        """`x [M, K] @ W[expert] [N, K]^T + bias`."""
+        fmt = self.weight_format
+        _, n, k = self.weight_shape
+        if fmt.name == "int8":
+            return ops.linear_8bit(x, self.weight[expert], self.absmax[expert], bias, self.outlier_threshold)
+        if n * k % fmt.block_size:
+            # Blocks cross from one expert into the next: decode all of them.
+            return nn.functional.linear(x, self.dequantize(x.dtype)[expert], bias)
+        # The codes and scales of one expert are a contiguous piece of the flat order, in either layout.
+        blocks = n * k // fmt.block_size
+        codes = self.weight.reshape(-1)[expert * n * k // 2 : (expert + 1) * n * k // 2]
+        first = expert * blocks
+        absmax = self.absmax.reshape(-1)[first : first + blocks]
+        if self.nested_absmax is not None and self.nested_offset is not None:
+            # The nested scales count blocks from the first expert on, so they are decoded before the piece is cut.
+            absmax = self._decoded_scales(absmax, first)
+        return ops.linear_4bit(x, codes, absmax, None, None, bias, fmt.name, fmt.block_size, n)
+
+    def _decoded_scales(self, codes: Tensor, first: int) -> Tensor:
+        """fp32 scales of the blocks `first` and on from their double-quantized `codes`."""
+        assert self.nested_absmax is not None and self.nested_offset is not None
+        begin = first // NESTED_BLOCK_SIZE
+        skip = first - begin * NESTED_BLOCK_SIZE
+        # Whole nested blocks: what stands before the piece in its first one is decoded too, and dropped.
+        padded = torch.cat([codes.new_zeros(skip), codes])
+        nested = self.nested_absmax[begin : begin + -(-padded.numel() // NESTED_BLOCK_SIZE)]
+        decoded: Tensor = torch.ops.kbit.dequantize_absmax(padded, nested, self.nested_offset)
+        return decoded[skip:]
+
+    def restored(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The floating point weight as the model stores it: `[E, N, K]`, or `[E, K, N]` where transposed."""
+        weight = self.dequantize(dtype)
+        return weight.transpose(1, 2).contiguous() if self.transposed else weight
+
+    def extra_repr(self) -> str:
+        experts, n, k = self.weight_shape
+        return f"experts={experts}, in_features={k}, out_features={n}, {self._format_repr()}"
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Forward of a fused experts module whose projections are `ExpertWeight`s.
+
+    hidden_states: `[T, H]`. top_k_index, top_k_weights: `[T, k]`, the experts of each token and their weights; an index
+    beyond the last expert (expert parallelism) contributes nothing. Returns `[T, H]` in hidden_states' dtype.
+    """
+    tokens, k = top_k_index.shape
+    chosen = top_k_index.reshape(-1)
+    order = chosen.argsort(stable=True)
+    first = self.gate_up_proj if self.has_gate else self.up_proj
+    experts = first.weight_shape[0]
+    # One look at the routing a layer: how many rows each expert has decides the shapes of its products.
+    counts = torch.bincount(chosen, minlength=experts)[:experts].tolist()
+    order = order[: sum(counts)]
+    x = hidden_states[order // k]
+
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    inner = first(x, counts, getattr(self, f"{name}_bias") if self.has_bias else None)
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    out = self.down_proj(inner, counts, self.down_proj_bias if self.has_bias else None)
+    if getattr(self, "has_post_expert_norm", False):
+        out = self.post_expert_norm(out)
+    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    total = out.new_zeros((tokens, out.shape[-1]), dtype=torch.float32)
+    return total.index_add(0, order // k, out.float()).to(hidden_states.dtype)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a fused experts module stores its weights `[E, K, N]`."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def empty_expert_weight(module: nn.Module, name: str, config: Any, device: torch.device | str) -> ExpertWeight:
+    """What replaces the Parameter `name` of a fused experts module; it holds no weight yet."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    transposed = is_transposed(module)
+    experts, a, b = parameter.shape
+    n, k = (b, a) if transposed else (a, b)
+    layer = ExpertWeight(
+        experts,
+        n,
+        k,
+        format=config.weight_format,
+        transposed=transposed,
+        outlier_threshold=config.outlier_threshold,
+        compute_dtype=config.compute_dtype,
+        device=device,
+        dtype=parameter.dtype,
+    )
+    layer.weight_requires_grad = parameter.requires_grad
+    layer.training = module.training
+    return layer
+
+
+def install(module: nn.Module, name: str, layer: ExpertWeight) -> None:
+    """Put `layer` where the Parameter `name` was, and send the module's forward through `experts_forward`."""
+    del module._parameters[name]
+    module._modules[name] = layer
+    config: Any = module.config
+    if config._experts_implementation != IMPLEMENTATION:
+        module._kbit_experts_before = config._experts_implementation  # type: ignore[assignment]
+        config._experts_implementation_internal = IMPLEMENTATION
+
+
+def uninstall(module: nn.Module, name: str, dtype: torch.dtype | None) -> None:
+    """The Parameter `name` again, from its dequantized weight."""
+    layer = module._modules.pop(name)
+    assert isinstance(layer, ExpertWeight)
+    weight = layer.restored(dtype or layer.cast_dtype)
+    module.register_parameter(name, nn.Parameter(weight, requires_grad=layer.weight_requires_grad))
+    config: Any = module.config
+    if config._experts_implementation == IMPLEMENTATION and not any(
+        isinstance(child, ExpertWeight) for child in module.children()
+    ):
+        config._experts_implementation_internal = getattr(module, "_kbit_experts_before", None) or "eager"
