@@ -27,7 +27,7 @@ from kbit.nn.base import QuantizedModule
 logger = logging.getLogger("kbit")
 
 
-class Method(str, enum.Enum):
+class Method(enum.StrEnum):
     """diffusers asks a quant_method for its `.value`."""
 
     KBIT = QUANT_METHOD
@@ -51,7 +51,10 @@ def register() -> None:
     # The plain class: what users put into a quant_mapping is checked to be an instance of a registered one.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PlainConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = KbitDiffusersQuantizer
-    for listeners, function in ((convert.on_quantized, attach_to_diffusers), (convert.on_dequantized, detach_from_diffusers)):
+    for listeners, function in (
+        (convert.on_quantized, attach_to_diffusers),
+        (convert.on_dequantized, detach_from_diffusers),
+    ):
         if function.__name__ not in [known.__name__ for known in listeners]:
             listeners.append(function)  # type: ignore[arg-type]
 
@@ -136,15 +139,15 @@ class KbitDiffusersQuantizer(DiffusersQuantizer):
         lacking = sorted(key for key in missing_keys if keys.split(key, self.modules))
         if lacking:
             raise ValueError(
-                f"the checkpoint lacks {', '.join(lacking[:3])} ({len(lacking)} keys). It is damaged or incomplete, or its "
-                "config.json (skip_modules, double_quant) is not the one that it was saved with."
+                f"the checkpoint lacks {', '.join(lacking[:3])} ({len(lacking)} keys). It is damaged or incomplete, or "
+                "its config.json (skip_modules, double_quant) is not the one that it was saved with."
             )
         expected = set(model.state_dict())
         surplus = sorted(k for k in set(self.loaded_keys) - expected if k.rpartition(".")[2] in keys.SCALE_NAMES)
         if surplus:
             raise ValueError(
-                f"the checkpoint holds {', '.join(surplus[:3])} ({len(surplus)} keys), for which this model has no place. "
-                "Its config.json (skip_modules, double_quant) is not the one that it was saved with."
+                f"the checkpoint holds {', '.join(surplus[:3])} ({len(surplus)} keys), for which this model has no "
+                "place. Its config.json (skip_modules, double_quant) is not the one that it was saved with."
             )
         return missing_keys
 
@@ -178,8 +181,8 @@ class KbitDiffusersQuantizer(DiffusersQuantizer):
         else:
             if not param_value.is_floating_point():
                 raise ValueError(
-                    f"{param_name} is {param_value.dtype} in the checkpoint, which is quantized already; its config.json "
-                    "must say how (quantization_config)"
+                    f"{param_name} is {param_value.dtype} in the checkpoint, which is quantized already; its "
+                    "config.json must say how (quantization_config)"
                 )
             weight = param_value.to(target_device)
             module.weight_dtype = weight.dtype

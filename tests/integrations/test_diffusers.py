@@ -247,7 +247,9 @@ def test_damaged_checkpoints_are_errors_that_name_the_key(path: Path, tmp_path: 
     from safetensors.torch import load_file, save_file
 
     cls = diffusers.SD3Transformer2DModel
-    cls.from_pretrained(path / "transformer", quantization_config=kbit.KbitConfig(bits=4)).save_pretrained(tmp_path / "q")
+    cls.from_pretrained(path / "transformer", quantization_config=kbit.KbitConfig(bits=4)).save_pretrained(
+        tmp_path / "q"
+    )
     file = "diffusion_pytorch_model.safetensors"
     tensors = load_file(tmp_path / "q" / file)
     weight = "transformer_blocks.0.attn.to_q.weight"
