@@ -23,9 +23,9 @@ from kbit.optim.batch import TABLE_COLUMNS, Batch, table_row
 
 # By whether states have 8 bits: blocks of 256 elements in a tile, warps of a program, tiles that it does in turn (which
 # hides the latency of looking up the table). Measured on one H200.
-ROWS = {True: 2, False: 2}
+ROWS = {True: 1, False: 4}
 WARPS = {True: 2, False: 4}
-TILES = {True: 8, False: 1}
+TILES = {True: 16, False: 4}
 
 
 @functools.cache
