@@ -21,7 +21,7 @@ from kbit.checkpoint.folder import check_out, copy_side_files, new_folder
 from kbit.checkpoint.stream import CheckpointReader, CheckpointWriter
 from kbit.config import KbitConfig, parse_dtype
 from kbit.nn.base import to_parts
-from kbit.nn.select import is_conv1d, matches, select_modules, tied_groups
+from kbit.nn.select import is_conv1d, matches, select_experts, select_modules, tied_groups
 from kbit.ops import quantize
 
 LAYOUTS = ("native", "bitsandbytes")
@@ -171,6 +171,13 @@ def meta_model(folder: Path, raw: dict[str, Any]) -> nn.Module:
 
 
 def _plan(model: nn.Module, reader: CheckpointReader, config: KbitConfig, raw: dict[str, Any]) -> _Plan:
+    fused = select_experts(model, config)
+    if fused:
+        raise ValueError(
+            f"{next(iter(fused))} and its like are fused from the weights of single experts, which is not done file by "
+            "file: load the model with from_pretrained(..., quantization_config=KbitConfig(...)) and save it with "
+            "save_pretrained, or leave the experts as they are (--skip experts)"
+        )
     selected = select_modules(model, config)
     if not selected:
         raise ValueError(f"nothing in this {type(model).__name__} would be quantized: skip_modules covers every layer")

@@ -16,7 +16,7 @@ from kbit.eval.layer_error import LayerError, mean_error, quantized_layer_errors
 from kbit.eval.outliers import inject_outliers
 from kbit.eval.perplexity import Perplexity, perplexity
 from kbit.nn.convert import model_memory, quantize_model
-from kbit.nn.select import select_modules
+from kbit.nn.select import select_experts, select_modules
 
 BASELINE = "bf16"
 _BF16_BYTES = 2
@@ -92,6 +92,8 @@ def sizes(model: nn.Module, config: KbitConfig | None = None) -> Sizes:
         return Sizes(memory.quantized + memory.other, reference + others, memory.quantized, reference)
     chosen = select_modules(model, config or KbitConfig())
     weights: dict[int, Tensor] = {id(m.weight): m.weight for m in chosen.values()}  # type: ignore[misc]
+    fused = select_experts(model, config or KbitConfig()).values()
+    weights |= {id(p): p for p in (experts.get_parameter(name) for experts, name in fused)}
     quantized = sum(weight.nbytes for weight in weights.values())
     reference = _BF16_BYTES * sum(weight.numel() for weight in weights.values())
     return Sizes(memory.other, _BF16_BYTES * _other_elements(model), quantized, reference)

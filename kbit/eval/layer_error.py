@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kbit.config import KbitConfig
 from kbit.nn.base import QuantizedModule
 from kbit.nn.convert import is_conv1d_class, weight_of
-from kbit.nn.select import select_modules
+from kbit.nn.experts import is_transposed
+from kbit.nn.select import select_experts, select_modules
 from kbit.ops import quantize
 
 # Elements compared at once: the fp32 temporaries stay small whatever the size of the weight.
@@ -61,6 +62,11 @@ def layer_errors(model: nn.Module, config: KbitConfig) -> list[LayerError]:
     for name, module in select_modules(model, config).items():
         weight = weight_of(module)
         approximation = quantize(weight, config.weight_format, name=f"{name}.weight").dequantize(torch.float32)
+        errors.append(LayerError(name, relative_error(weight, approximation), weight.numel()))
+    for name, (experts, projection) in select_experts(model, config).items():
+        weight = experts.get_parameter(projection).detach()
+        weight = weight.transpose(1, 2) if is_transposed(experts) else weight
+        approximation = quantize(weight, config.weight_format, name=name).dequantize(torch.float32)
         errors.append(LayerError(name, relative_error(weight, approximation), weight.numel()))
     return errors
 

@@ -132,6 +132,14 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return total.index_add(0, order // k, out.float()).to(hidden_states.dtype)
 
 
+def expert_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """`(E, N, K)` of the projection `name` of a fused experts module, however the model stores it."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    experts, a, b = parameter.shape
+    return (experts, b, a) if is_transposed(module) else (experts, a, b)
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether a fused experts module stores its weights `[E, K, N]`."""
     return bool(getattr(module, "is_transposed", False))
@@ -141,15 +149,13 @@ def empty_expert_weight(module: nn.Module, name: str, config: Any, device: torch
     """What replaces the Parameter `name` of a fused experts module; it holds no weight yet."""
     parameter = module._parameters[name]
     assert parameter is not None
-    transposed = is_transposed(module)
-    experts, a, b = parameter.shape
-    n, k = (b, a) if transposed else (a, b)
+    experts, n, k = expert_shape(module, name)
     layer = ExpertWeight(
         experts,
         n,
         k,
         format=config.weight_format,
-        transposed=transposed,
+        transposed=is_transposed(module),
         outlier_threshold=config.outlier_threshold,
         compute_dtype=config.compute_dtype,
         device=device,

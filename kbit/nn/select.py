@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+from collections.abc import Hashable
 
 from torch import nn
 
@@ -86,19 +87,38 @@ def _declared_tie(model: nn.Module) -> list[nn.Module]:
 
 def tied_groups(model: nn.Module) -> list[list[nn.Module]]:
     """Groups of modules that share one weight, under whatever name (each group has at least two)."""
-    owners: dict[int, list[nn.Module]] = {}
+    owners: dict[Hashable, list[nn.Module]] = {}
     weights = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                owners.setdefault(id(parameter), []).append(module)
+                key = _storage_key(parameter)
+                owners.setdefault(key, []).append(module)
                 if name == "weight":
-                    weights.add(id(parameter))
+                    weights.add(key)
     groups = [group for key, group in owners.items() if len(group) > 1 and key in weights]
     declared = _declared_tie(model)
     if len(declared) > 1 and not any(set(declared) <= set(group) for group in groups):
         groups.append(declared)
     return groups
+
+
+def _storage_key(parameter: nn.Parameter) -> Hashable:
+    """What two Parameters have in common that hold the same values in the same place, whether or not they are one."""
+    try:
+        storage = parameter.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # subclasses without a storage of their own, such as DTensor
+        return id(parameter)
+    return storage, parameter.storage_offset(), parameter.shape, parameter.stride()
+
+
+def routers(model: nn.Module) -> set[nn.Module]:
+    """The small layers that choose experts: rounding them would send tokens elsewhere, and saves nothing."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if "experts" in module._modules:
+            found.update(m for name in ("gate", "router") if (m := module._modules.get(name)) is not None)
+    return found
 
 
 def select_modules(model: nn.Module, config: KbitConfig) -> dict[str, nn.Module]:
@@ -114,12 +134,18 @@ def select_modules(model: nn.Module, config: KbitConfig) -> dict[str, nn.Module]
     groups = tied_groups(model)
     tied_to_embedding = {m for group in groups if any(isinstance(g, nn.Embedding) for g in group) for m in group}
 
-    adapters = _adapter_modules(model)
+    left_alone = _adapter_modules(model) | routers(model)
 
     chosen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if module in adapters:
+        if module in left_alone:
             continue
+        if config.quantize_embeddings and isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+            # A subclass may scale or shift what it looks up.
+            if type(module).__module__.partition(".")[0] != "kbit":
+                logger.warning(
+                    "%s is a %s, not a plain nn.Embedding, and is not quantized", name, type(module).__name__
+                )
         wanted = is_linear(module) or (is_embedding(module) and config.quantize_embeddings)
         if not wanted or _weight(module) is None or matches(name, skipped):
             continue
@@ -170,5 +196,5 @@ def _warn_of_experts(model: nn.Module) -> None:
         fused = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
         if fused and "experts" in type(module).__name__.lower():
             which = ", ".join(fused)
-            logger.warning("%s: fused expert weights (%s) are of a kind that is not quantized and keep their dtype", name, which)
+            logger.warning("%s: expert weights of a kind that is not quantized keep their dtype (%s)", name, which)
             return

@@ -10,7 +10,8 @@ from torch import nn
 
 from kbit.config import KbitConfig
 from kbit.nn.convert import model_memory, weight_of
-from kbit.nn.select import is_linear, output_heads, select_modules
+from kbit.nn.experts import expert_shape
+from kbit.nn.select import is_linear, output_heads, select_experts, select_modules
 
 # In the order of quality; "bf16" is the model as it is loaded, unquantized.
 FORMATS = ("bf16", "int8", "nf4-plain", "nf4", "fp4-plain", "fp4")
@@ -71,8 +72,15 @@ def plan_weights(model: nn.Module, config: KbitConfig | str | None) -> WeightPla
         quantized += fmt.nbytes(weight.shape)
         replaced += weight.nbytes
         largest = max(largest, weight.nbytes)
+    fused = select_experts(model, config)
+    for experts, name in fused.values():
+        nbytes = experts.get_parameter(name).nbytes
+        quantized += fmt.nbytes(expert_shape(experts, name))
+        replaced += nbytes
+        largest = max(largest, nbytes)
     other = memory.other - replaced
-    return WeightPlan(fmt.label, memory.quantized + quantized, other, memory.buffers, replaced, largest, len(selected))
+    modules = len(selected) + len(fused)
+    return WeightPlan(fmt.label, memory.quantized + quantized, other, memory.buffers, replaced, largest, modules)
 
 
 def linear_shapes(model: nn.Module) -> list[tuple[int, int]]:

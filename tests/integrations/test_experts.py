@@ -190,3 +190,38 @@ def test_target_parameters_on_packed_experts_is_refused() -> None:
     for name in ("mlp.experts.gate_up_proj", "experts.down_proj", "mlp.experts.gate_up_proj.weight"):
         with pytest.raises(ValueError):
             peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=[name]))
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_plan_knows_the_bytes(make, fmt: str) -> None:
+    from kbit.plan.weights import plan_weights
+
+    model = make().bfloat16()
+    planned = plan_weights(model, fmt)
+    kbit.quantize_model(model, kbit.KbitConfig.from_format(fmt))
+    assert planned.quantized == kbit.model_memory(model).quantized
+    assert planned.total == kbit.model_memory(model)
+
+
+def test_layer_errors_name_the_experts() -> None:
+    from kbit.eval.layer_error import layer_errors
+
+    errors = {e.name: e.error for e in layer_errors(gpt_oss(), kbit.KbitConfig(bits=4))}
+    # About 8.5e-3 for Gaussian weights in blocks of 64.
+    assert 0.006 < errors["model.layers.0.mlp.experts.gate_up_proj"] < 0.011
+    assert 0.006 < errors["model.layers.1.mlp.experts.down_proj"] < 0.011
+
+
+def test_converting_files_says_how_to_quantize_experts(tmp_path: Path) -> None:
+    from kbit.checkpoint.native import quantize_checkpoint
+
+    mixtral().save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match="--skip experts"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "nf4", kbit.KbitConfig(bits=4))
+    config = kbit.KbitConfig(bits=4, skip_modules=["experts", "lm_head"])
+    quantize_checkpoint(tmp_path / "float", tmp_path / "nf4", config)
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    other = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, other(IDS).logits)

@@ -386,3 +386,28 @@ def test_model_memory(label):
     assert kbit.model_memory(model).other == memory.other // 2
     with torch.device("meta"):
         assert kbit.model_memory(nn.Linear(64, 64)) == 4 * (64 * 64 + 64)
+
+
+def test_two_parameters_over_one_storage_stay_one() -> None:
+    embedding = nn.Embedding(32, 64)
+    head = nn.Linear(64, 32, bias=False)
+    head.weight = nn.Parameter(embedding.weight.data)
+    model = nn.Sequential(embedding, head)
+    kbit.quantize_model(model, kbit.KbitConfig(bits=4, quantize_embeddings=True, skip_modules=[]))
+    assert model[0].weight is model[1].weight
+    assert kbit.model_memory(model) == model[0].nbytes
+
+
+def test_routers_stay_and_embedding_subclasses_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * 8
+
+    layer = nn.ModuleDict({"gate": nn.Linear(64, 4), "experts": nn.ModuleList([nn.Linear(64, 64)])})
+    model = nn.ModuleDict({"embed": Scaled(10, 64), "moe": layer})
+    kbit.quantize_model(model, kbit.KbitConfig(bits=4, quantize_embeddings=True))
+    assert type(layer["gate"]) is nn.Linear and isinstance(layer["experts"][0], kbit.Linear4bit)
+    assert type(model["embed"]) is Scaled
+    assert [r.getMessage() for r in caplog.records].count(
+        "embed is a Scaled, not a plain nn.Embedding, and is not quantized"
+    ) == 1

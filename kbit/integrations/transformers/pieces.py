@@ -31,7 +31,7 @@ def rows_at_a_time(fmt: Format, columns: int) -> int:
 
 
 def quantize_in_pieces(weight: Tensor, fmt: Format, name: str) -> dict[str, Tensor]:
-    """The parts of a quantized layer for `weight [N, K]` of any strides, or fused experts `[E, N, K]`, as `kbit.nn.base.quantize_weight` gives them.
+    """The parts that `kbit.nn.base.quantize_weight` gives for `weight [N, K]` of any strides, or experts `[E, N, K]`.
 
     Raises ValueError that calls the tensor `name` for NaN and infinity.
     """

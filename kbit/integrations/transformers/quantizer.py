@@ -135,7 +135,7 @@ class KbitQuantizer(HfQuantizer):
             skipped = [n for n, m in model.named_modules() if m in heads and n not in self.modules]
         module = self.modules[name]
         if isinstance(module, ExpertWeight):
-            raise ValueError(f"the checkpoint lacks {name}, the weights of a layer's experts: it is damaged or incomplete")
+            raise ValueError(f"the checkpoint lacks {name}, the weights of experts: it is damaged or incomplete")
         places = [place for place, other in self.modules.items() if other is module]
         self.quantization_config = copy.copy(self.quantization_config)
         self.quantization_config.skip_modules = [*skipped, *places]  # or a saved copy would expect its codes
