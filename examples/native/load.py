@@ -19,9 +19,7 @@ plain = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 model = AutoModelForCausalLM.from_pretrained(path, quantization_config=kbit.KbitConfig(bits=4), device_map="auto")
 
 before, after = kbit.model_memory(plain), kbit.model_memory(model)
-print(
-    f"{plain.dtype}: {before / 1e6:.1f} MB; nf4: {after / 1e6:.1f} MB, of which {after.quantized / 1e6:.1f} MB codes and scales"
-)
+print(f"{plain.dtype}: {before / 1e6:.1f} MB; nf4: {after / 1e6:.1f} MB, {after.quantized / 1e6:.1f} of them codes")
 
 inputs = tokenizer("The package manager", return_tensors="pt").to(model.device)
 written = model.generate(**inputs, max_new_tokens=20, do_sample=False)

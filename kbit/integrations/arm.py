@@ -109,7 +109,7 @@ def _plug(name: str) -> None:
 
 
 def arm() -> None:
-    """Have kbit plugged into transformers, PEFT and diffusers: at once if they are imported already, else then.
+    """Have kbit plugged into transformers, PEFT and diffusers: at once if imported already, else when they are.
 
     Imports nothing by itself, may be called any number of times and from any thread.
     """

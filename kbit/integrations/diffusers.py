@@ -23,6 +23,7 @@ from kbit.integrations.transformers.heap import Trimmer, trim
 from kbit.integrations.transformers.pieces import quantize_in_pieces
 from kbit.nn import convert
 from kbit.nn.base import QuantizedModule
+from kbit.nn.select import select_experts
 
 logger = logging.getLogger("kbit")
 
@@ -122,6 +123,11 @@ class KbitDiffusersQuantizer(DiffusersQuantizer):
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        fused = select_experts(model, self.quantization_config)
+        if fused:
+            # Their keys change when they are quantized, and diffusers has no hook that renames keys.
+            logger.warning("%s: fused expert weights are not quantized in diffusers models", next(iter(fused)))
+            self.quantization_config.quantize_experts = False
         self.modules = convert.replace_empty(model, self.quantization_config)
         if not self.modules:
             logger.warning("nothing in this %s is quantized: skip_modules covers every layer", type(model).__name__)

@@ -1,4 +1,4 @@
-"""A diffusers pipeline with quantized transformer and text encoders: load, run, save, load again, and what is refused."""
+"""A diffusers pipeline with quantized transformer and text encoders: load, run, save, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA in a plain loop, in transformers' Trainer and in TRL's: it learns, it resumes, and it is what bitsandbytes does."""
+"""QLoRA in a plain loop, in transformers' Trainer and TRL's: it learns, it resumes, it does what bitsandbytes does."""
 
 from __future__ import annotations
 
