@@ -22,7 +22,8 @@ help:
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "kbit needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say which: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { \
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(1); $(PYTHON) -m venv $(1); } || { \
+	  rm -rf $(1); \
 	  echo "could not create $(1); on Debian and Ubuntu the venv module is the package python3-venv" >&2; exit 1; }
 	$(1)/bin/python -m pip install --quiet -c $(2) torch
 	$(1)/bin/python -m pip install --quiet -c $(2) -e ".[$(EXTRAS)]"

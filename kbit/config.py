@@ -82,9 +82,9 @@ class KbitConfig:
     @classmethod
     def from_format(cls, name: str, **kwargs: Any) -> KbitConfig:
         """A config from a command-line format name: nf4, nf4-plain, fp4, fp4-plain or int8."""
-        fmt = Format.parse(name)
-        if fmt.name not in ("nf4", "fp4", "int8"):
+        if name not in ("nf4", "nf4-plain", "fp4", "fp4-plain", "int8"):
             raise ValueError(f"{name!r} is not a weight format; use nf4, nf4-plain, fp4, fp4-plain or int8")
+        fmt = Format.parse(name)
         return cls(bits=fmt.bits, format=fmt.name, double_quant=fmt.double_quant or not fmt.is_4bit, **kwargs)
 
     @property

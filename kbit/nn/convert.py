@@ -38,17 +38,20 @@ on_dequantized: list[Callable[[nn.Module], None]] = []
 
 
 @torch.inference_mode(False)  # what is converted in inference mode must still serve training
-def quantize_model(model: nn.Module, config: KbitConfig) -> nn.Module:
+def quantize_model(model: nn.Module, config: KbitConfig | None = None) -> nn.Module:
     """Quantize the linear layers (and, if asked, the embeddings) of any module tree in place.
 
     model: any nn.Module. nn.Linear, nn.Embedding and transformers' Conv1D are converted, each on its own device, and
         the floating point weight is freed as soon as its codes exist. Weights that are tied stay tied.
-    config: what and how; see KbitConfig.
+    config: what and how; see KbitConfig. None takes its defaults: NF4 with double quantization.
 
     Returns the model (another object only if the model itself is one linear layer or embedding). Raises ValueError
     that names the tensor for NaN, infinity and meta weights, TypeError for a dtype that cannot be quantized, before
     anything is changed.
     """
+    config = KbitConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(config, KbitConfig):
         raise TypeError(f"config must be a KbitConfig, got {type(config).__name__}")
     selected = select_modules(model, config)

@@ -128,6 +128,9 @@ def select_modules(model: nn.Module, config: KbitConfig) -> dict[str, nn.Module]
     to an embedding follows the embedding. Modules that a transformers model keeps in fp32 are left out.
     """
     heads = output_heads(model) if config.skip_modules is None else set()
+    for pattern in config.skip_modules or []:
+        if not any(matches(name, [pattern]) for name, _ in model.named_modules()):
+            logger.warning("skip_modules names %r, which matches no module of this %s", pattern, type(model).__name__)
     skipped = list(config.skip_modules or [])
     skipped += list(getattr(model, "_keep_in_fp32_modules", None) or [])
     skipped += list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])

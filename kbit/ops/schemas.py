@@ -89,13 +89,22 @@ def dequantize_dynamic(codes, absmax, signed, block_size, dtype):
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
+def _check_weight(weight: Tensor, n: int, k: int) -> None:
+    torch._check(
+        weight.numel() == (n * k + 1) // 2,
+        lambda: f"a 4-bit weight [{n}, {k}] has {(n * k + 1) // 2} bytes of codes, got {weight.numel()}",
+    )
+
+
 @_fake
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
+    _check_weight(weight, n, x.shape[-1])
     return x.new_empty((*x.shape[:-1], n))
 
 
 @_fake
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
+    _check_weight(weight, grad.shape[-1], k)
     return grad.new_empty((*grad.shape[:-1], k))
 
 

@@ -29,6 +29,13 @@ class QuantizedParts(dict[str, Any]):
         self.quantizer = quantizer
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        try:
+            return self._quantized()
+        except BaseException:
+            self.quantizer.stop_loading_one_by_one()  # the load ends here
+            raise
+
+    def _quantized(self) -> ItemsView[str, Any]:
         parts: dict[str, Any] = {}
         for key in list(self):
             weight = self.pop(key)  # no second reference: the floating point weight is freed as soon as it is done
@@ -82,9 +89,14 @@ class KbitQuantizerV5(KbitQuantizer):
         Newer releases do that whenever they quantize. The variable is put back after loading, or with this object
         where loading fails.
         """
-        before = os.environ.get(_ASYNC_SWITCH)
-        os.environ[_ASYNC_SWITCH] = "1"
-        self._restore_switch = weakref.finalize(self, _set_switch, before)
+        _SyncLoads.begin()
+        self._restore_switch = weakref.finalize(self, _SyncLoads.end)  # runs once: when called, or with this object
+
+    def stop_loading_one_by_one(self) -> None:
+        """Put the variable back. Safe to call again."""
+        restore = getattr(self, "_restore_switch", None)
+        if restore is not None:
+            restore()
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes an element, so that device maps are computed from what a weight will take."""
@@ -112,14 +124,28 @@ class KbitQuantizerV5(KbitQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        restore = getattr(self, "_restore_switch", None)
-        if restore is not None:
-            restore()
+        self.stop_loading_one_by_one()
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
-def _set_switch(value: str | None) -> None:
-    if value is None:
-        os.environ.pop(_ASYNC_SWITCH, None)
-    else:
-        os.environ[_ASYNC_SWITCH] = value
+class _SyncLoads:
+    """How many loads need the switch, and what it was before the first of them."""
+
+    active = 0
+    before: str | None = None
+
+    @classmethod
+    def begin(cls) -> None:
+        if cls.active == 0:
+            cls.before = os.environ.get(_ASYNC_SWITCH)
+            os.environ[_ASYNC_SWITCH] = "1"
+        cls.active += 1
+
+    @classmethod
+    def end(cls) -> None:
+        cls.active -= 1
+        if cls.active == 0:
+            if cls.before is None:
+                os.environ.pop(_ASYNC_SWITCH, None)
+            else:
+                os.environ[_ASYNC_SWITCH] = cls.before
