@@ -4,6 +4,8 @@ JOBS ?= 2
 VENV := .venv
 VENV4 := .venv-transformers4
 EXTRAS := hf,peft,report,triton,test,dev
+# diffusers asks for a newer huggingface_hub than transformers 4.57 allows.
+EXTRAS_MAIN := $(EXTRAS),diffusers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup demo test test-main test-transformers4 lint format bench docs clean distclean
@@ -17,7 +19,7 @@ help:
 	@echo "make docs    user guide and API reference in ./site"
 	@echo "make clean   caches and outputs; make distclean also the environments"
 
-# $(1): environment folder, $(2): constraints file. torch goes first: it is the one package whose build (CPU, CUDA)
+# $(1): environment folder, $(2): constraints file, $(3): extras. torch goes first: it is the one package whose build (CPU, CUDA)
 # depends on the index, and everything after it has to accept the build that is there.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -26,15 +28,15 @@ define install
 	  rm -rf $(1); \
 	  echo "could not create $(1); on Debian and Ubuntu the venv module is the package python3-venv" >&2; exit 1; }
 	$(1)/bin/python -m pip install --quiet -c $(2) torch
-	$(1)/bin/python -m pip install --quiet -c $(2) -e ".[$(EXTRAS)]"
+	$(1)/bin/python -m pip install --quiet -c $(2) -e ".[$(3)]"
 	@touch $@
 endef
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt)
+	$(call install,$(VENV),constraints.txt,$(EXTRAS_MAIN))
 
 $(VENV4)/.installed: pyproject.toml constraints-transformers4.txt
-	$(call install,$(VENV4),constraints-transformers4.txt)
+	$(call install,$(VENV4),constraints-transformers4.txt,$(EXTRAS))
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[docs]"

@@ -84,8 +84,8 @@ class Skeleton:
 def from_pretrained(source: str, dtype: torch.dtype = torch.bfloat16) -> Skeleton:
     """The skeleton of a local model folder or hub name, from its config.json alone.
 
-    dtype: of what is not quantized. Raises ValueError for a config that no transformers class fits, and OSError for a
-    folder that transformers cannot read.
+    dtype: of what is not quantized. Raises ValueError for a config that no transformers class fits and for a checkpoint
+    that is quantized already, OSError for a folder that transformers cannot read.
     """
     import transformers
 
@@ -95,9 +95,10 @@ def from_pretrained(source: str, dtype: torch.dtype = torch.bfloat16) -> Skeleto
         raise
     except Exception as error:  # a damaged config.json fails in as many ways as there are models
         raise ValueError(f"{source}: its config.json cannot be read: {_brief(error)}") from error
-    # A checkpoint that is quantized already is planned as the model that it came from.
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        raise ValueError(f"{source} is quantized already ({method}); plan the floating point model that it came from")
     cls = _model_class(config)
     default = torch.get_default_dtype()
     try:

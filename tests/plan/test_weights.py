@@ -61,13 +61,12 @@ def test_skip_modules_and_block_size(save) -> None:  # type: ignore[no-untyped-d
         assert plan_weights(skeleton.model, config).total == kbit.model_memory(model)
 
 
-def test_a_quantized_checkpoint_is_planned_as_what_it_came_from(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_quantized_checkpoint_is_refused(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     cls, folder = save("llama")
     model = cls.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=kbit.KbitConfig(bits=4))
     model.save_pretrained(tmp_path / "quantized")
-    assert "quantization_config" in json.loads((tmp_path / "quantized" / "config.json").read_text())
-    again = plan_weights(from_pretrained(str(tmp_path / "quantized")).model, "int8")
-    assert again == plan_weights(from_pretrained(folder).model, "int8")
+    with pytest.raises(ValueError, match=r"quantized already \(kbit\); plan the floating point model"):
+        from_pretrained(str(tmp_path / "quantized"))
 
 
 def test_config_without_architectures(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
