@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kbit.optim.algorithms import LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdEMAMix, Lion, RMSprop
+from kbit.optim.muon import Muon, Muon8bit, Muon32bit
 from kbit.optim.optimizer import KbitOptimizer
 from kbit.optim.variants import (
     Adagrad8bit,
@@ -60,6 +61,9 @@ __all__ = [
     "Lion",
     "Lion32bit",
     "Lion8bit",
+    "Muon",
+    "Muon32bit",
+    "Muon8bit",
     "PagedAdEMAMix",
     "PagedAdEMAMix32bit",
     "PagedAdEMAMix8bit",

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kbit.formats.blocks import dequantize_dynamic
 from kbit.formats.codebooks import codebook
+from kbit.optim import sharding
 from kbit.optim import state as states
 from kbit.optim.rules import Rule, StateSpec
 
@@ -81,7 +83,7 @@ def load_state(
         p, group = places[key]
         config = {**group, **optimizer._overrides.get(p, {})}
         if values:
-            loaded[p] = _load_one(values, p, config, optimizer._rule(config, p), key)
+            loaded[p] = _load_one(values, p, config, optimizer._rule(config), key)
     return loaded
 
 
@@ -114,15 +116,39 @@ def _take(fresh: dict[str, Any], values: dict[str, Any], spec: StateSpec, p: Ten
         raise ValueError(
             f"state {spec.name!r} of parameter {key!r} has shape {tuple(stored.shape)}, the parameter {tuple(p.shape)}"
         )
+    stored = sharding.distribute(stored, p)
     if stored.dtype != torch.uint8:
         fresh[spec.name] = stored.detach().to(device=p.device, dtype=torch.float32, copy=True).contiguous()
         return
     absmax = values.get(states.absmax_key(spec.name))
     blocks = -(-p.numel() // states.BLOCK_SIZE)
+    shape = states.absmax_shape(p.shape)
+    if sharding.is_sharded(p) and len(shape) == 1 and absmax is not None and absmax.numel() == blocks:
+        # Blocks that run across ranks: take the values, and let blocks of this rank's own elements form.
+        whole = values[spec.name].full_tensor() if sharding.is_sharded(values[spec.name]) else values[spec.name]
+        decoded = dequantize_dynamic(
+            whole.to(p.device), absmax.to(p.device), spec.signed, states.BLOCK_SIZE, torch.float32
+        )
+        fresh[spec.name] = sharding.distribute(decoded, p)
+        return
     if absmax is None or absmax.numel() != blocks:
         raise ValueError(f"state {spec.name!r} of parameter {key!r} needs {blocks} block scales beside its codes")
     fresh[spec.name] = stored.detach().to(p.device, copy=True).contiguous()
-    fresh[states.absmax_key(spec.name)] = absmax.detach().to(device=p.device, dtype=torch.float32, copy=True)
+    absmax = absmax.detach().to(device=p.device, dtype=torch.float32, copy=True)
+    absmax = absmax if sharding.is_sharded(absmax) else sharding.distribute(absmax.reshape(shape), p)
+    fresh[states.absmax_key(spec.name)] = absmax
+
+
+def reshardable(values: dict[str, Any], p: Tensor, rule: Rule) -> dict[str, Any]:
+    """The states of a sharded parameter, with fp32 values where block scales belong to one rank's elements only."""
+    out = dict(values)
+    for spec in rule.states:
+        absmax = out.get(states.absmax_key(spec.name))
+        if absmax is not None and not sharding.is_sharded(absmax):
+            decoded = states.read(out, spec, p.device)
+            del out[states.absmax_key(spec.name)]
+            out[spec.name] = sharding.wrap(decoded, p, p.shape)
+    return out
 
 
 def _from_bnb(values: dict[str, Any], p: Tensor, rule: Rule, key: Any) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit.optim import sharding
 from kbit.optim import state as states
 from kbit.optim.batch import Batch, Item, step_native, step_plain
-from kbit.optim.checkpoint import load_groups, load_state
+from kbit.optim.checkpoint import load_groups, load_state, reshardable
 from kbit.optim.paging import synchronize
 from kbit.optim.rules import Rule, rule_for
 
@@ -70,6 +71,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
         self._batches: dict[int, tuple[Any, list[Tensor], list[Batch]]] = {}
+        self._locals: dict[Tensor, dict[str, Any]] = {}
         #: "auto", or "torch", "native" (compiled C++), "triton" to insist on one.
         self.backend = "auto"
         super().__init__(params, {**defaults, **structure})
@@ -98,9 +100,11 @@ class KbitOptimizer(torch.optim.Optimizer):
         if unknown := sorted(set(config) - set(self.defaults)):
             raise ValueError(f"unknown settings {unknown}; known: {sorted(self.defaults)}")
         if isinstance(target, nn.Module):
-            chosen = [p for p in target.parameters() if p.requires_grad]
+            chosen: list[Tensor] = [p for p in target.parameters() if p.requires_grad]
+        elif isinstance(target, Tensor):
+            chosen = [target]
         else:
-            chosen = [target] if isinstance(target, Tensor) else list(target)
+            chosen = list(target)
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p in chosen:
             if p not in groups:
@@ -173,7 +177,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         """Keep batches for the next step, unless something needs a look at every step: copies, overrides, shards."""
         self._batches.pop(number, None)
         items = [item for batch in batches for item in batch.items]
-        plain = all(item.target is None and item.p.data_ptr() == item.owner.data_ptr() for item in items)
+        plain = all(item.target is None and not sharding.is_sharded(item.owner) for item in items)
         if plain and not any(p in self._overrides for p in group["params"]):
             idle = [p for p in group["params"] if p.grad is None]
             self._batches[number] = (_signature(self, group), idle, batches)
@@ -187,14 +191,16 @@ class KbitOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
                 "build the embedding with sparse=False"
             )
-        rule = self._rule(config, p)
+        rule = self._rule(config)
         state = self._state_of(p, config, rule)
         bits8 = bool(rule.states) and state[rule.states[0].name].dtype == torch.uint8
-        local, local_grad = _local(p), _local(grad)
+        if sharding.is_sharded(p) and rule.norm:
+            raise NotImplementedError("norms of sharded parameters (LAMB, LARS, max_unorm) are not supported")
+        local, local_grad = sharding.local(p), sharding.local(grad)
         target = None
         if not local.is_contiguous():
             target, local = local, local.contiguous()
-        item = Item(local, local_grad.contiguous(), _local_state(state), seed, target, p, p.data_ptr())
+        item = Item(local, local_grad.contiguous(), self._local_state(p, state), seed, target, p, local.data_ptr())
         own = id(p) if p in self._overrides else 0
         paged = bool(rule.states) and state[rule.states[0].name].device != p.device
         key = (p.device, p.dtype, grad.dtype, bits8, paged, rule, own)
@@ -202,7 +208,8 @@ class KbitOptimizer(torch.optim.Optimizer):
             batches[key] = Batch(self.algorithm, rule, config, bits8, [])
         batches[key].items.append(item)
 
-    def _rule(self, config: dict[str, Any], p: Tensor) -> Rule:
+    def _rule(self, config: dict[str, Any]) -> Rule:
+        """The algorithm under these settings."""
         return rule_for(self.algorithm, config)
 
     def _state_of(self, p: Tensor, config: dict[str, Any], rule: Rule) -> dict[str, Any]:
@@ -217,9 +224,19 @@ class KbitOptimizer(torch.optim.Optimizer):
                 states.create(state, spec, p, bits8, paged, fill)
             elif (state[spec.name].dtype == torch.uint8) != bits8 or (state[spec.name].device != p.device) != paged:
                 states.convert(state, spec, p, bits8, paged)
+                self._locals.pop(p, None)
         if config["kahan"] and "compensation" not in state and p.dtype in (torch.bfloat16, torch.float16):
             state["compensation"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         return state
+
+    def _local_state(self, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of the states of a sharded parameter, the same dict at every step."""
+        if not sharding.is_sharded(p):
+            return state
+        known = self._locals.get(p)
+        if known is None or known.keys() != state.keys():
+            known = self._locals[p] = {key: sharding.local(value) for key, value in state.items()}
+        return known
 
     def _dispatch(self, batch: Batch, key: Any) -> None:
         backend = self.backend if self.backend != "auto" else _choose(batch)
@@ -237,7 +254,15 @@ class KbitOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """States and settings, as torch.optim has them; paged states have arrived in host memory when it returns."""
         synchronize(self.state)
-        return super().state_dict()
+        saved = super().state_dict()
+        if any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"]):
+            places = [(p, group) for group in self.param_groups for p in group["params"]]
+            keys = [key for group in saved["param_groups"] for key in group["params"]]
+            saved["state"] = dict(saved["state"])
+            for key, (p, group) in zip(keys, places, strict=True):
+                if key in saved["state"] and sharding.is_sharded(p):
+                    saved["state"][key] = reshardable(saved["state"][key], p, self._rule(group))
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, exactly; also checkpoints of bitsandbytes and torch.optim.
@@ -256,35 +281,27 @@ class KbitOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(loaded)
         self._forget()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _forget(self) -> None:
         """Drop what was prepared for the next step: states or settings have changed."""
         synchronize(self.state)
         self._plans.clear()
         self._batches.clear()
+        self._locals.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_overrides", {})
-        self.__dict__.update(_plans={}, _batches={})
+        self.__dict__.update(_plans={}, _batches={}, _locals={})
         self.__dict__.setdefault("backend", "auto")
 
 
 def _signature(optimizer: KbitOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
     """What a group's batches depend on beside its tensors."""
     keys = ("optim_bits", "min_8bit_size", "is_paged", "stochastic_rounding", "kahan", "skip_zeros")
-    return rule_for(optimizer.algorithm, group), len(group["params"]), *(group[key] for key in keys)
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's part of a tensor, without autograd."""
-    return x.detach()
-
-
-def _local_state(state: dict[str, Any]) -> dict[str, Any]:
-    return state
+    return optimizer._rule(group), len(group["params"]), *(group[key] for key in keys)
 
 
 def _choose(batch: Batch) -> str:

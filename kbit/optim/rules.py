@@ -98,11 +98,11 @@ def rule_for(name: str, config: Mapping[str, Any]) -> Rule:
         flags = (MOMENTUM if has_buffer else 0) | (NESTEROV if config["nesterov"] else 0)
         if name == "lars":
             norm = LARS_TRUST if config.get("max_unorm", 0.0) else NO_NORM
-        states = (StateSpec("momentum_buffer", True),) if has_buffer else ()
-        return Rule(SGD, COUPLED, norm, flags, states)
+        buffers = (StateSpec("momentum_buffer", True),) if has_buffer else ()
+        return Rule(SGD, COUPLED, norm, flags, buffers)
     if name == "rmsprop":
         flags = (MOMENTUM if config["momentum"] > 0 else 0) | (CENTERED if config["centered"] else 0)
-        states = (StateSpec("square_avg", False),)
+        states: tuple[StateSpec, ...] = (StateSpec("square_avg", False),)
         if flags & MOMENTUM:
             states += (StateSpec("momentum_buffer", True),)
         if flags & CENTERED:

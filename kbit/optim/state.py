@@ -5,7 +5,8 @@ saves or moves optimizers can handle them:
 
     step                      fp32 scalar on the parameter's device
     exp_avg                   fp32, or uint8 codes of the dynamic map
-    exp_avg_absmax            fp32 [ceil(n / 256)], only beside codes
+    exp_avg_absmax            fp32 [ceil(n / 256)], only beside codes; [rows, K / 256] for rows of K elements that are
+                              whole blocks, so that it shards with the rows
     compensation              the parameter's dtype, only with Kahan compensation
 
 Blocks of 256 run over the parameter's row-major order, whatever its memory layout. First moments use the signed map,
@@ -15,6 +16,8 @@ arXiv 2110.02861): 1 + 4/256 bytes an element and state, 2.03 bytes a parameter 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from kbit.formats.blocks import dequantize_dynamic, quantize_dynamic
 from kbit.formats.codebooks import codebook
+from kbit.optim import sharding
 from kbit.optim.rules import StateSpec
 
 BLOCK_SIZE = 256
@@ -39,48 +43,63 @@ def codebook_name(signed: bool) -> str:
     return "dynamic8" if signed else "dynamic8-unsigned"
 
 
+def absmax_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the block scales of a parameter."""
+    count = math.prod(shape)
+    row = math.prod(shape[1:])
+    if len(shape) > 1 and shape[0] and row % BLOCK_SIZE == 0:
+        return (shape[0], row // BLOCK_SIZE)
+    return (-(-count // BLOCK_SIZE),)
+
+
 def wants_8bit(count: int, config: dict[str, Any]) -> bool:
     """Whether a parameter of `count` elements (its full size, not a shard's) has 8-bit states."""
     return config["optim_bits"] == 8 and count >= config["min_8bit_size"]
 
 
 def wants_paging(p: Tensor, config: dict[str, Any]) -> bool:
-    return bool(config["is_paged"]) and p.is_cuda and p.numel() >= MIN_PAGED_SIZE
+    return bool(config["is_paged"]) and p.is_cuda and p.numel() >= MIN_PAGED_SIZE and not sharding.is_sharded(p)
 
 
 def create(state: dict[str, Any], spec: StateSpec, like: Tensor, bits8: bool, paged: bool, fill: float = 0.0) -> None:
-    """Add one state tensor, filled with a value, shaped like `like`."""
-    place: dict[str, Any] = {"pin_memory": True} if paged else {"device": like.device}
+    """Add one state tensor, filled with a value, shaped (and sharded) like `like`."""
+    mine = sharding.local(like)
+    place: dict[str, Any] = {"pin_memory": True} if paged else {"device": mine.device}
     dtype = torch.uint8 if bits8 else torch.float32
-    values = torch.empty(like.shape, dtype=dtype, **place)
+    values = torch.empty(mine.shape, dtype=dtype, **place)
     if not bits8:
-        state[spec.name] = values.fill_(fill)
+        state[spec.name] = sharding.wrap(values.fill_(fill), like, like.shape)
         return
     # A block of equal positive values has absmax that value and the code of 1.0; one of zeros the code of 0.
     code = 255 if fill else int(codebook(codebook_name(spec.signed), "cpu", "zero_code"))
-    state[spec.name] = values.fill_(code)
-    blocks = -(-like.numel() // BLOCK_SIZE)
-    state[absmax_key(spec.name)] = torch.full((blocks,), fill, dtype=torch.float32, device=like.device)
+    state[spec.name] = sharding.wrap(values.fill_(code), like, like.shape)
+    absmax = torch.full(absmax_shape(mine.shape), fill, dtype=torch.float32, device=mine.device)
+    if sharding.is_sharded(like) and len(absmax_shape(like.shape)) == 2:
+        whole = absmax_shape(like.shape)
+        state[absmax_key(spec.name)] = sharding.wrap(absmax.view(mine.shape[0], whole[1]), like, whole)
+    else:
+        state[absmax_key(spec.name)] = absmax
 
 
 def read(state: dict[str, Any], spec: StateSpec, device: torch.device) -> Tensor:
-    """The fp32 values of a state on `device`, shaped like the parameter; may be the state itself."""
-    stored = state[spec.name].to(device)
+    """The fp32 values of a state (of this rank's part) on `device`, shaped like the parameter; may be the state."""
+    stored = sharding.local(state[spec.name]).to(device)
     if stored.dtype != torch.uint8:
         return stored
-    absmax = state[absmax_key(spec.name)].to(device)
+    absmax = sharding.local(state[absmax_key(spec.name)]).to(device)
     return dequantize_dynamic(stored, absmax, spec.signed, BLOCK_SIZE, torch.float32)
 
 
 def write(state: dict[str, Any], spec: StateSpec, values: Tensor) -> None:
-    """Store fp32 values, shaped like the parameter, in place."""
-    stored = state[spec.name]
+    """Store fp32 values, shaped like (this rank's part of) the parameter, in place."""
+    stored = sharding.local(state[spec.name])
     if stored.dtype != torch.uint8:
         stored.copy_(values)
         return
     codes, absmax = quantize_dynamic(flush(values), spec.signed, BLOCK_SIZE)
     stored.copy_(codes)
-    state[absmax_key(spec.name)].copy_(absmax)
+    kept = sharding.local(state[absmax_key(spec.name)])
+    kept.copy_(absmax.view(kept.shape))
 
 
 def flush(values: Tensor) -> Tensor:

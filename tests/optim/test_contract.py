@@ -13,7 +13,7 @@ import torch
 
 import kbit.optim as optim
 
-ALL = [name for name in optim.__all__ if name not in ("KbitOptimizer", "Muon8bit")]
+ALL = [name for name in optim.__all__ if name != "KbitOptimizer" and not name.startswith("Muon")]
 NEEDED = {"SGD": {"lr": 0.01, "momentum": 0.9}, "LARS": {"lr": 0.01, "momentum": 0.9}}
 
 
