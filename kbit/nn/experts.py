@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kbit import ops
 from kbit.formats.spec import NESTED_BLOCK_SIZE, Format
 from kbit.nn.base import QuantizedModule, quantize_weight
+from kbit.nn.select import is_llama4_experts
 
 IMPLEMENTATION = "kbit"  # the name of `experts_forward` in transformers' registry of experts implementations
 
@@ -64,6 +65,22 @@ class ExpertWeight(QuantizedModule):
             if piece.shape[0]
         ]
         return torch.cat(out).to(x.dtype) if out else x.new_zeros((0, n))
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight as the model stores it: `[E, N, K]`, or `[E, K, N]` where transposed."""
+        experts, n, k = self.weight_shape
+        return torch.Size((experts, k, n)) if self.transposed else self.weight_shape
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`torch.bmm(x [E, M, K], weight)`, which Llama 4 calls, as a product by experts."""
+        if func is torch.bmm and len(args) == 2 and isinstance(args[1], cls) and args[1].transposed:
+            x, weight = args
+            experts, rows, k = x.shape
+            out: Tensor = weight(x.reshape(-1, k), [rows] * experts)
+            return out.view(experts, rows, -1)
+        return NotImplemented
 
     def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
         """`x [M, K] @ W[expert] [N, K]^T + bias`."""
@@ -142,7 +159,7 @@ def expert_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a fused experts module stores its weights `[E, K, N]`."""
-    return bool(getattr(module, "is_transposed", False))
+    return bool(getattr(module, "is_transposed", is_llama4_experts(module)))
 
 
 def empty_expert_weight(module: nn.Module, name: str, config: Any, device: torch.device | str) -> ExpertWeight:
@@ -170,8 +187,8 @@ def install(module: nn.Module, name: str, layer: ExpertWeight) -> None:
     """Put `layer` where the Parameter `name` was, and send the module's forward through `experts_forward`."""
     del module._parameters[name]
     module._modules[name] = layer
-    config: Any = module.config
-    if config._experts_implementation != IMPLEMENTATION:
+    config: Any = getattr(module, "config", None)
+    if config is not None and config._experts_implementation != IMPLEMENTATION:
         module._kbit_experts_before = config._experts_implementation  # type: ignore[assignment]
         config._experts_implementation_internal = IMPLEMENTATION
 
@@ -182,8 +199,10 @@ def uninstall(module: nn.Module, name: str, dtype: torch.dtype | None) -> None:
     assert isinstance(layer, ExpertWeight)
     weight = layer.restored(dtype or layer.cast_dtype)
     module.register_parameter(name, nn.Parameter(weight, requires_grad=layer.weight_requires_grad))
-    config: Any = module.config
-    if config._experts_implementation == IMPLEMENTATION and not any(
-        isinstance(child, ExpertWeight) for child in module.children()
+    config: Any = getattr(module, "config", None)
+    if (
+        config is not None
+        and config._experts_implementation == IMPLEMENTATION
+        and not any(isinstance(child, ExpertWeight) for child in module.children())
     ):
         config._experts_implementation_internal = getattr(module, "_kbit_experts_before", None) or "eager"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import sys
 from collections.abc import Hashable
 
 from torch import nn
@@ -34,8 +35,15 @@ EXPERT_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """A fused experts module of transformers 5, whose forward goes through a registry of experts implementations."""
-    return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "config"))
+    """A fused experts module of transformers 5: its forward goes through a registry of implementations, or is Llama 4's."""
+    return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "config")) or is_llama4_experts(module)
+
+
+def is_llama4_experts(module: nn.Module) -> bool:
+    """Llama 4's experts multiply with `torch.bmm`, every expert the same number of rows."""
+    cls = type(module)
+    version = str(getattr(sys.modules.get("transformers"), "__version__", "0"))
+    return cls.__name__ == "Llama4TextExperts" and int(version.partition(".")[0]) >= 5
 
 
 def matches(name: str, patterns: list[str]) -> bool:

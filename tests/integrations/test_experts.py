@@ -43,7 +43,12 @@ def gpt_oss(**options: object) -> nn.Module:
     return tf.GptOssForCausalLM(tf.GptOssConfig(**{**COMMON, **sizes, **options}))
 
 
-MODELS = [mixtral, qwen3_moe, gpt_oss]
+def llama4(**options: object) -> nn.Module:
+    sizes = {"intermediate_size": 64, "intermediate_size_mlp": 128, "num_local_experts": 2, "head_dim": 32}
+    return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**{**COMMON, **sizes, **options}))
+
+
+MODELS = [mixtral, qwen3_moe, gpt_oss, llama4]
 FORMATS = ["nf4", "nf4-plain", "fp4", "int8"]
 
 
@@ -54,7 +59,8 @@ def weights(model: nn.Module) -> list[ExpertWeight]:
 def eager(model: nn.Module) -> nn.Module:
     """A floating point copy that runs the model's own experts."""
     copied = kbit.dequantize_model(copy.deepcopy(model), torch.float64).double()
-    copied.set_experts_implementation("eager")
+    if not any(type(m).__name__ == "Llama4TextExperts" for m in copied.modules()):  # it has only one
+        copied.set_experts_implementation("eager")
     return copied
 
 
