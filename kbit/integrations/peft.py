@@ -151,7 +151,7 @@ def _refuse_packed_parameter(original: Callable[..., None], layer: Any, *args: A
     parameter = getattr(inner, name, None) if name else None
     if isinstance(parameter, Tensor) and not parameter.is_floating_point():
         raise ValueError(
-            f"target_parameters names {name!r} of a {type(inner).__name__}, which holds packed {parameter.dtype} codes: "
+            f"target_parameters names {name!r} of a {type(inner).__name__}, which holds {parameter.dtype} codes: "
             "LoRA on it would train without effect. Leave these modules out with skip_modules, or use target_modules."
         )
     original(layer, *args, **kwargs)

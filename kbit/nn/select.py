@@ -35,7 +35,7 @@ EXPERT_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """A fused experts module of transformers 5: its forward goes through a registry of implementations, or is Llama 4's."""
+    """A fused experts module of transformers 5: its forward goes through a registry, or is Llama 4's."""
     return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "config")) or is_llama4_experts(module)
 
 

@@ -258,7 +258,7 @@ def test_two_adapters_merge_at_once() -> None:
 
 def test_target_parameters_on_packed_codes_is_refused() -> None:
     config = peft.LoraConfig(r=4, target_parameters=["q_proj.weight"], target_modules=[])
-    with pytest.raises(ValueError, match="packed torch.uint8 codes"):
+    with pytest.raises(ValueError, match="holds torch.uint8 codes"):
         peft.get_peft_model(quantized("nf4"), config)
 
 
