@@ -47,8 +47,9 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from kbit.eval.perplexity import model_context
+    from kbit.eval.perplexity import check_causal, model_context
 
+    check_causal(loaded, ids[0])
     limit = model_context(loaded)
     if limit is not None and ids.shape[1] + 1 > limit:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, and the model reads {limit} at most; shorten it")

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 DEFAULT_CONTEXT = 1024
 # fp32 logits that are held at once beside the model's own.
 _LOGITS_AT_ONCE = 2**24
+# How much a later token may change earlier logits, by rounding alone: of what an earlier token does to later ones, and
+# of the logits themselves. Encoders are far above, also with random weights (0.7 and 0.012 for a small BERT).
+_LEAK, _ROUNDING = 0.1, 0.001
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def perplexity(
     progress: called with (tokens scored, tokens to score) after every step.
 
     Raises ValueError for a text shorter than 2 tokens, for ids outside the model's vocabulary, for windows that the
-    model cannot read, and where the loss is not a number.
+    model cannot read, for a model that is not causal, and where the loss is not a number.
     """
     ids = _flat_ids(ids)
     if max_tokens is not None:
@@ -138,8 +141,9 @@ def perplexity(
     scored = processed = 0
     was_training = model.training
     model.eval()
-    started = time.perf_counter()
     try:
+        check_causal(model, ids)
+        started = time.perf_counter()
         with torch.no_grad():
             for batch in _batches(windows(ids.numel(), context, stride), batch_size):
                 keep = batch[0].scored
@@ -158,12 +162,43 @@ def perplexity(
                 processed += inputs.numel()
                 if progress is not None:
                     progress(scored, todo)
+        seconds = time.perf_counter() - started
     finally:
         model.train(was_training)
-    seconds = time.perf_counter() - started
     nll = total / scored
     value = math.exp(nll) if nll < 700 else float("inf")
     return Perplexity(value, nll, scored, context, stride, seconds, processed)
+
+
+def check_causal(model: nn.Module, ids: Tensor) -> None:
+    """ValueError for a model that reads ahead: an encoder (BERT) opened as a language model gives logits too, but has
+    seen the tokens that it is asked to predict.
+
+    model: as for `perplexity`, in evaluation mode. ids: integer `[n]`, n at least 1, that the model can read.
+
+    Three sequences of two tokens go through the model in one batch: two as they are but for one token, and a causal
+    model gives the same logits for the first token whatever the second one is. One batch, because LLM.int8() takes its
+    outlier columns from all tokens of a batch together.
+    """
+    if (model_context(model) or 2) < 2:
+        return
+    first, second = int(ids[0]), int(ids[min(1, ids.numel() - 1)])
+    other = next((i for i in ids[:64].tolist() if i not in (first, second)), None)
+    if other is None:
+        rows = _vocabulary(model)
+        other = next((i for i in range(rows or 0) if i not in (first, second)), None)
+        if other is None:
+            return
+    probe = torch.tensor([[first, second], [first, other], [other, second]])
+    with torch.no_grad():
+        logits = _logits(model, probe.to(_input_device(model)), None).float()
+    leak = (logits[1, 0] - logits[0, 0]).norm()
+    forward = (logits[2, 1] - logits[0, 1]).norm()
+    if leak > _LEAK * forward and leak > _ROUNDING * (logits[0, 0] - logits[0, 0].mean()).norm():
+        raise ValueError(
+            f"{type(model).__name__} is not causal here: its prediction for a token changes with the tokens after it, "
+            "as an encoder's does; give a causal language model"
+        )
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
@@ -187,17 +222,24 @@ def _check_model(model: nn.Module, ids: Tensor) -> None:
     """Refuse what would give a wrong number or an unreadable error."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("perplexity needs a causal language model; this one is an encoder-decoder")
-    try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+    rows = _vocabulary(model)
+    if rows is None:
         return
-    rows = getattr(table, "num_embeddings", None)
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (rows is not None and high >= rows):
+    if low < 0 or high >= rows:
         raise ValueError(
             f"the text holds the token id {low if low < 0 else high}, but the model's vocabulary has {rows} entries: "
             "is this the model's own tokenizer?"
         )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Rows of the embedding table, or None for a model that does not say."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(table, "num_embeddings", None)
 
 
 def _input_device(model: nn.Module) -> torch.device:

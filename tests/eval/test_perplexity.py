@@ -153,6 +153,55 @@ def test_nan_loss_is_an_error() -> None:
         perplexity(model, text_ids(30))
 
 
+def bert_as_language_model(is_decoder: bool) -> nn.Module:
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=tiny_models.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=144,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        is_decoder=is_decoder,
+    )
+    return BertLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("format_name", [None, "bf16", "nf4", "int8"])
+@pytest.mark.parametrize("architecture", ["encoder", "decoder", "llama", "gpt2"])
+def test_models_that_read_ahead_are_refused_and_no_others(architecture: str, format_name: str | None) -> None:
+    torch.manual_seed(3)
+    if architecture in ("encoder", "decoder"):
+        model = bert_as_language_model(architecture == "decoder")
+    else:
+        model = tiny_models.MODELS[architecture]().eval()
+    if format_name is not None:
+        model = model.bfloat16()
+        if format_name != "bf16":
+            model = quantize_model(model, KbitConfig.from_format(format_name))
+    for ids in (text_ids(20), torch.tensor([7, 7, 7])):
+        if architecture == "encoder":
+            with pytest.raises(ValueError, match="BertLMHeadModel is not causal here"):
+                perplexity(model, ids)
+        else:
+            assert perplexity(model, ids).tokens == len(ids) - 1
+
+
+def test_rounding_is_not_taken_for_reading_ahead() -> None:
+    """Logits of a real size with the noise of deep bf16 models on a GPU: causal all the same."""
+
+    class Noisy(nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+            table = torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
+            logits = table[input_ids.cumsum(1) % 50]
+            return SimpleNamespace(logits=logits * (1 + 0.01 * torch.randn(logits.shape)))
+
+    torch.manual_seed(0)
+    assert perplexity(Noisy(), text_ids(30, 50), context=10).tokens == 29
+
+
 def test_other_kinds_of_model_are_refused() -> None:
     with pytest.raises(ValueError, match="encoder-decoder"):
         perplexity(tiny_models.t5(), text_ids(9))
