@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from kbit.config import KbitConfig
+from kbit.eval.perplexity import check_causal
 from kbit.integrations.peft import prepare_for_training
 
 SETTINGS_FILE = "run.json"
@@ -183,12 +184,16 @@ def finetune(
     from peft import LoraConfig, get_peft_model
 
     transformers.set_seed(settings.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     train, held_out = split(settings, tokenizer)
 
     model = load_base(settings)
+    check_causal(model, torch.tensor(train[0]["input_ids"]))
+    if not resume:  # not before: a run that could not begin leaves nothing in the way of the next one
+        output.mkdir(parents=True, exist_ok=True)
+        _write_json(output / SETTINGS_FILE, dataclasses.asdict(settings))
     prepare_for_training(model, gradient_checkpointing=settings.gradient_checkpointing)
     model.config.use_cache = False
     targets: Any = settings.targets if settings.targets == "all-linear" else settings.targets.split(",")
@@ -202,7 +207,6 @@ def finetune(
             task_type="CAUSAL_LM",
         ),
     )
-    # The adapter must not remember where the base lay on this machine in a form that another one cannot use.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     total = settings.steps or math.ceil(settings.epochs * math.ceil(len(train) / settings.batch))
@@ -268,11 +272,16 @@ def finetune(
 
 
 def load_base(settings: FinetuneSettings) -> Any:
-    """The frozen base: quantized while it loads (qlora), as its own checkpoint says, or in bf16 (lora)."""
+    """The frozen base: quantized while it loads (qlora), as its own checkpoint says, or in bf16 (lora).
+
+    Reads safetensors only and runs no code of the model's folder. Raises ValueError for a model that is quantized
+    already with method "lora", and for one that is no causal language model.
+    """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(settings.model)
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    # trust_remote_code: left out, transformers asks on the terminal.
+    config = transformers.AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": False, "use_safetensors": True}
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
     if getattr(config, "quantization_config", None) is not None:
@@ -280,19 +289,22 @@ def load_base(settings: FinetuneSettings) -> Any:
             raise ValueError(f"{settings.model} is quantized already; use --method qlora")
     elif settings.method == "qlora":
         options["quantization_config"] = KbitConfig.from_format(settings.format)
-    return transformers.AutoModelForCausalLM.from_pretrained(settings.model, **options)
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(settings.model, **options)
+    except ValueError as error:
+        if "AutoModelForCausalLM" in str(error) and "trust_remote_code" not in str(error):
+            raise ValueError(f"{settings.model} is a {config.model_type} model, not a causal language model") from None
+        raise
 
 
 def _open_run(settings: FinetuneSettings, output: Path, resume: bool) -> str | None:
-    """Claim the output folder; the checkpoint to go on from, or None for a new run."""
+    """Check that the output folder is free, or holds this run; the checkpoint to go on from, or None for a new run."""
     file = output / SETTINGS_FILE
     current = dataclasses.asdict(settings)
     if not resume:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             hint = "; --resume goes on with the run in it" if file.exists() else ""
             raise ValueError(f"{output} exists and is not empty; choose another folder{hint}")
-        output.mkdir(parents=True, exist_ok=True)
-        _write_json(file, current)
         return None
     if not file.is_file():
         raise ValueError(f"{output} holds no run to resume (no {SETTINGS_FILE})")

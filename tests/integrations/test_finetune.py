@@ -150,6 +150,47 @@ def test_bad_jsonl_names_the_line(model: Path, tmp_path: Path, content: str, mes
         ft.read_examples(str(tmp_path / "data.jsonl"), tokenizer, 4)
 
 
+def test_code_and_pickles_of_the_folder_are_never_read(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without the command line's checks, and where somebody answers yes to transformers' question."""
+    import builtins
+    import shutil
+
+    asked: list[object] = []
+    monkeypatch.setattr(builtins, "input", lambda *args: asked.append(args) or "y")
+    code = tmp_path / "code"
+    shutil.copytree(model, code)
+    (code / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    config = json.loads((code / "config.json").read_text())
+    (code / "config.json").write_text(
+        json.dumps({**config, "model_type": "of-its-own", "auto_map": {"AutoConfig": "own.Config"}})
+    )
+    with pytest.raises(ValueError):
+        ft.load_base(settings(code, text, tmp_path / "a"))
+    with pytest.raises(ValueError):
+        ft.finetune(settings(code, text, tmp_path / "b"))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model, pickled)
+    torch.save(transformers.AutoModelForCausalLM.from_pretrained(model).state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        ft.load_base(settings(pickled, text, tmp_path / "c"))
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("kind", "message"), [("bert", "is not causal"), ("t5", "is a t5 model, not a causal")])
+def test_only_causal_language_models(model: Path, text: Path, tmp_path: Path, kind: str, message: str) -> None:
+    from tests.integrations import tiny_models
+
+    folder = tiny_models.save(tiny_models.MODELS[kind](vocab_size=400), tmp_path / kind)
+    for file in model.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=message):
+        ft.finetune(settings(folder, text, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", str(text), "--steps", "3", "--context", "16", "--rank", "2", "--json"]
     assert run(["finetune", str(model), "--output", str(tmp_path / "out"), *arguments]) == 0
