@@ -8,7 +8,6 @@ A command raises ordinary exceptions: `run` turns each into one sentence on stde
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -61,9 +60,7 @@ def _root(
 def load_commands() -> None:
     """Import every command module, which registers it."""
     for name in COMMANDS:
-        module = f"kbit.cli.{name}"
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
+        importlib.import_module(f"kbit.cli.{name}")
 
 
 def one_sentence(error: BaseException) -> str:
@@ -77,6 +74,8 @@ def one_sentence(error: BaseException) -> str:
         place = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{place}"
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:  # what transformers says asks for an option that kbit does not have
+        return "this model needs Python code of its own (auto_map in its folder), which kbit never runs"
     if isinstance(error, (ValueError, OSError, ImportError, TypeError)) and text:
         return text
     if type(error).__name__ == "OutOfMemoryError":

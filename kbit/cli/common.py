@@ -57,12 +57,13 @@ def resolve_model(model: str, *, weights: bool = True) -> str:
 
     "demo" is the model that ships with kbit, unless there is a folder of that name.
 
-    weights: the folder has to hold weights too, not only a config.json.
+    weights: the folder has to hold weights too (safetensors), not only a config.json.
 
-    Raises ValueError, one sentence, for a path that does not exist, a file, or a folder without a model.
+    Raises ValueError, one sentence, for a path that does not exist, a file, a folder without a model, and a model that
+    is Python code of its own: that is never run.
     """
     path = Path(model).expanduser()
-    if model == "demo" and not path.exists():
+    if model == "demo" and not path.is_dir():
         from kbit.assets import demo_model
 
         path = Path(demo_model())
@@ -81,27 +82,47 @@ def _check_folder(path: Path, weights: bool) -> None:
     config = path / "config.json"
     if not config.is_file():
         raise ValueError(f"{path} is not a model folder: it has no config.json")
+    _check_config(config, str(path))
+    if not weights or any(file for kind in ("", ".index.json") for file in path.glob(f"*.safetensors{kind}")):
+        return
+    pickled = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in path.glob(f"*.{suffix}"))
+    if pickled:
+        raise ValueError(
+            f"{path} holds pickled weights only ({pickled[0]}), which can run code when they are read; "
+            "convert the model to safetensors first (save_pretrained writes it)"
+        )
+    raise ValueError(f"{path} has a config.json but no weights (*.safetensors)")
+
+
+def _check_config(config: Path, name: str) -> None:
     try:
         data = json.loads(config.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{config} is not valid JSON ({error})") from None
     if not isinstance(data, dict) or "model_type" not in data:
         raise ValueError(f"{config} is not a model's config: it has no model_type")
-    patterns = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-    if weights and not any(file for pattern in patterns for file in path.glob(pattern)):
-        raise ValueError(f"{path} has a config.json but no weights (*.safetensors)")
+    if data.get("auto_map"):
+        # Many a model carries code from the time before transformers knew its type; then transformers' own is taken.
+        from transformers import CONFIG_MAPPING
+
+        if data["model_type"] not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{name} is Python code of its own (auto_map in config.json), which kbit never runs; "
+                f"transformers has no model type {data['model_type']!r}"
+            )
 
 
 def _check_hub(name: str) -> None:
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(name, "config.json")
+        config = hf_hub_download(name, "config.json")
     except Exception as error:  # whatever the network or the hub answers
         raise ValueError(
             f"{name} is neither a local folder nor a model that the hub gave out ({type(error).__name__}); "
             "check the name, the network, and access to gated models"
         ) from None
+    _check_config(Path(config), name)
 
 
 # ---- printing ----

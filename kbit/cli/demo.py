@@ -35,13 +35,13 @@ def demo(
     target = output / "report.html"
     pages.check_target(target)
 
-    from kbit.assets import heldout_text
+    from kbit.assets import demo_model, heldout_text
     from kbit.cli import comparison
     from kbit.cli.models import load_tokenizer, open_source, read_text
     from kbit.eval import encode
 
     started = time.perf_counter()
-    source = open_source("demo")
+    source = open_source(demo_model())  # and not a folder here that is called demo
     tokenizer = load_tokenizer(source)
     ids = encode(tokenizer, read_text(heldout_text()))
     limit = QUICK_TOKENS if quick else None

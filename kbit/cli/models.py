@@ -31,16 +31,11 @@ def open_source(model: str, *, saved_formats: bool = True) -> Source:
 
     saved_formats: whether a model that is quantized already will do. Raises ValueError, one sentence, where not.
     """
-    if model == "demo" and not Path(model).is_dir():
-        from kbit.assets import demo_model
+    folder = Path(resolve_model(model))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
 
-        folder = Path(resolve_model(demo_model()))
-    else:
-        folder = Path(resolve_model(model))
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        folder = Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     saved = _saved_format(folder, config)
     if saved is not None and not saved_formats:
@@ -102,7 +97,12 @@ def load_model(source: Source, format_name: str, device: str = "cpu") -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    kwargs: dict[str, Any] = {"dtype": torch.bfloat16, "local_files_only": True, "trust_remote_code": False}
+    kwargs: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "local_files_only": True,
+        "trust_remote_code": False,  # left out, transformers asks on the terminal
+        "use_safetensors": True,
+    }
     if format_name != "bf16" and source.saved_format is None:
         kwargs["quantization_config"] = KbitConfig.from_format(format_name)
     if device != "cpu":
@@ -130,6 +130,8 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing files, missing packages, broken JSON: many types, one meaning
+        if "trust_remote_code" in str(error):
+            raise
         raise ValueError(
             f"{source.name} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}"
         ) from None
