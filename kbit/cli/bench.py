@@ -22,7 +22,9 @@ def checkout() -> Path:
 )
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="For example linear4bit.", metavar="NAME [OPTIONS]...")] = "--help",
+    name: Annotated[
+        str, typer.Argument(help="For example linear4bit.", metavar="[NAME [OPTIONS]...]", show_default=False)
+    ] = "--help",
 ) -> None:
     """Run a benchmark; needs a checkout of kbit and a CUDA GPU.
 
