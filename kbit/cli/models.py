@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,12 @@ def load_model(source: Source, format_name: str, device: str = "cpu") -> Any:
         kwargs["quantization_config"] = KbitConfig.from_format(format_name)
     if device != "cpu":
         kwargs["device_map"] = {"": device}
+    if source.saved_format == "bitsandbytes":
+        from kbit.integrations.bitsandbytes import install_as_bitsandbytes
+
+        # A real bitsandbytes reads its own files; without it kbit's drop-in does.
+        with contextlib.suppress(RuntimeError, ImportError):
+            install_as_bitsandbytes()
     try:
         model = AutoModelForCausalLM.from_pretrained(str(source.folder), **kwargs)
     except ValueError as error:

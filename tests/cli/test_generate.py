@@ -78,3 +78,29 @@ def test_a_model_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tmp_path / "donor" / name).read_bytes())
     assert "t5 model, not a causal language model" in sentence(kbit(capsys, "generate", folder, "the"))
+
+
+def test_a_bitsandbytes_checkpoint_without_bitsandbytes(tmp_path: Path) -> None:
+    """kbit reads the layout by itself: the drop-in stands in for the library that is not there."""
+    import subprocess
+    import sys
+
+    folder = tmp_path / "bnb"
+    program = f"""
+import importlib.metadata as metadata, importlib.util as util, sys
+found, version = util.find_spec, metadata.version
+class Hide:  # a bitsandbytes that is installed, not the stand-in
+    def find_spec(self, name, path=None, target=None):
+        from importlib.machinery import PathFinder
+        if name == "bitsandbytes":
+            return PathFinder.find_spec(name, [p for p in sys.path if "shim" in p])
+sys.meta_path.insert(0, Hide())
+from kbit.integrations import bitsandbytes as dropin
+from kbit.cli.app import run
+assert run(["quantize", "demo", {str(folder)!r}, "--format", "nf4", "--layout", "bitsandbytes"]) == 0
+import kbit.integrations.bitsandbytes.install as install
+install.real_bitsandbytes = lambda: None
+sys.exit(run(["generate", {str(folder)!r}, "The file", "--max-new-tokens", "3"]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
