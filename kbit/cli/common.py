@@ -28,8 +28,8 @@ def parse_memory(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is not a memory size; write for example 12GB, 11.5GiB or 12000MB")
     size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size < 1_000_000:
-        raise ValueError(f"{text!r} is {size} bytes of memory, too little for a model; write for example 12GB")
+    if size <= 0:
+        raise ValueError(f"{text!r} is no memory at all; write for example 12GB")
     return size
 
 

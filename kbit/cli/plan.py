@@ -62,6 +62,8 @@ def plan(
         raise ValueError("give either MODEL (a local folder or hub name) or --params such as 7B")
     names = parse_formats(formats)
     budget = None if memory is None else parse_memory(memory)
+    if budget is not None and budget < 1_000_000:
+        raise ValueError(f"--memory {memory} is {budget} bytes, too little for any model; write for example 12GB")
     count = None if params is None else parse_params(params)
 
     from kbit import plan as planning

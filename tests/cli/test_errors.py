@@ -118,6 +118,7 @@ def test_unknown_format(kbit_cli, arguments: list[str], tmp_path: Path, tiny_lla
         (["plan", "x", "--params", "7B"], ["either"]),
         (["plan", "--params", "7B", "--memory", "lots"], ["'lots'", "12GB"]),
         (["plan", "--params", "7B", "--memory", "12XB"], ["'12XB'"]),
+        (["plan", "--params", "7B", "--memory", "12"], ["12 bytes", "12GB"]),
         (["plan", "--params", "7B", "--memory", "0GB"], ["'0GB'"]),
         (["plan", "--params", "7B", "--memory", "-5GB"], ["'-5GB'"]),
         (["plan", "--params", "seven", "--memory", "12GB"], ["'seven'"]),
@@ -259,9 +260,7 @@ def test_memory_sizes(text: str, size: int) -> None:
     assert common.parse_memory(text) == size
 
 
-@pytest.mark.parametrize(
-    "text", ["", "GB", "12 GB 3", "1e9", "12GBit", "0", "12", "80kB", "12,5GB", "٣GB", "nan", "inf GB"]
-)
+@pytest.mark.parametrize("text", ["", "GB", "12 GB 3", "1e9", "12GBit", "0", "12,5GB", "٣GB", "nan", "inf GB"])
 def test_no_memory_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="memory"):
         common.parse_memory(text)

@@ -130,6 +130,7 @@ def assert_same_bits(a: torch.nn.Module, b: torch.nn.Module) -> None:
 def run_python(code: str, *args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter that can import this checkout."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    env.pop("TRANSFORMERS_VERBOSITY", None)  # kbit's commands set it, in this process too when a test calls them
     return subprocess.run(
         [sys.executable, "-c", code, *args], capture_output=True, text=True, env=env, timeout=timeout, check=False
     )
