@@ -1,6 +1,6 @@
 """Draw docs/images/optimizer-memory.png from a result of gpu_memory.py.
 
-    python -m benchmarks.optim.plot benchmarks/results/optim-memory-h200.json docs/images/optimizer-memory.png
+python -m benchmarks.optim.plot benchmarks/results/optim-memory-h200.json docs/images/optimizer-memory.png
 """
 
 from __future__ import annotations

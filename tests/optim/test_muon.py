@@ -63,9 +63,7 @@ def test_groups_that_are_no_matrices_get_adamw():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     other = optim.Muon8bit([{"params": [net[0].weight, net[1].weight]}, {"params": biases, "use_muon": False}])
     other.load_state_dict(opt.state_dict())
-    assert torch.equal(
-        other.state[net[0].weight]["momentum_buffer"], opt.state[net[0].weight]["momentum_buffer"]
-    )
+    assert torch.equal(other.state[net[0].weight]["momentum_buffer"], opt.state[net[0].weight]["momentum_buffer"])
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_matrix_alone():

@@ -144,9 +144,7 @@ def test_codes_equal_the_oracle(signed):
     assert torch.equal(kind.state[p][name + "_absmax"], absmax)
     ours = kind.state[p][name]
     wanted = values if signed else values * values
-    distances = [
-        (dequantize_dynamic(c, absmax, signed, 256, torch.float32) - wanted).abs() for c in (ours, codes)
-    ]
+    distances = [(dequantize_dynamic(c, absmax, signed, 256, torch.float32) - wanted).abs() for c in (ours, codes)]
     assert (distances[0] <= distances[1] + 1e-6 * wanted.abs()).all()
     assert (ours != codes).sum() < 600  # the values put exactly between two codes
 
