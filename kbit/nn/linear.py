@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,15 @@ class _QuantizedLinear(QuantizedModule, nn.Linear):
             raise ValueError(f"this layer stores a weight {list(self.weight_shape)}, got {list(weight.shape)}")
         self.set_parts(quantize_weight(weight, self.weight_format, name))
         self.weight_dtype, self.cast_dtype = weight.dtype, None
+
+    @classmethod
+    def _copy_of(cls, linear: nn.Linear, name: str | None, **options: Any) -> Self:
+        """A layer of this class with `options` that holds the quantized weight of `linear`, and its bias Parameter."""
+        where: dict[str, Any] = {"device": "meta", "dtype": linear.weight.dtype}
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **options, **where)
+        layer.quantize_from(linear.weight, name)
+        layer.bias = linear.bias
+        return layer
 
     def reset_parameters(self) -> None:
         """Nothing to draw: quantized weights come from a checkpoint or another layer."""
@@ -96,18 +107,7 @@ class Linear4bit(_QuantizedLinear):
         name: str | None = None,
     ) -> Linear4bit:
         """A quantized copy of `linear`; the bias Parameter is shared."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            format=format,
-            compute_dtype=compute_dtype,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
-        layer.quantize_from(linear.weight, name)
-        layer.bias = linear.bias
-        return layer
+        return cls._copy_of(linear, name, format=format, compute_dtype=compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., K]`, floating point -> `[..., N]` in x's dtype."""
@@ -162,18 +162,7 @@ class Linear8bit(_QuantizedLinear):
         name: str | None = None,
     ) -> Linear8bit:
         """A quantized copy of `linear`; the bias Parameter is shared."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            outlier_threshold=outlier_threshold,
-            compute_dtype=compute_dtype,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
-        layer.quantize_from(linear.weight, name)
-        layer.bias = linear.bias
-        return layer
+        return cls._copy_of(linear, name, outlier_threshold=outlier_threshold, compute_dtype=compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., K]`, floating point -> `[..., N]` in x's dtype."""
