@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbit.nn.base import QuantizedModule
+from kbit.nn.base import QuantizedModule, quantize_weight
 from kbit.nn.convert import dequantize_model
 from kbit.ops import quantize
 
@@ -93,9 +93,7 @@ def float_base(layer: Any) -> Iterator[nn.Module]:
         yield view
         after = view.weight.detach()
         if not torch.equal(after, before):
-            dtype = base.weight_dtype
-            base.quantize_from(after, "merged weight")  # type: ignore[operator]
-            base.weight_dtype = dtype
+            base.set_parts(quantize_weight(after, base.weight_format, "merged weight"))
     finally:
         holder.base_layer = base
 
@@ -203,9 +201,7 @@ def _resolve_quantization_backend(original: Callable[..., Any], base_layer: nn.M
 
         def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
             base = peft_layer.get_base_layer()
-            dtype = base.weight_dtype
-            base.quantize_from(weight_data, "merged weight")
-            base.weight_dtype = dtype
+            base.set_parts(quantize_weight(weight_data, base.weight_format, "merged weight"))
 
     return KbitBackend()
 

@@ -111,6 +111,16 @@ class QuantizedModule(nn.Module):
                 part if isinstance(part, nn.Parameter) else nn.Parameter(part.detach(), requires_grad=False)
             )
 
+    def quantize_from(self, weight: Tensor, name: str | None = None) -> None:
+        """Quantize `weight`, in the logical shape `weight_shape`, into this module; `name` is what errors call it.
+
+        Raises ValueError for another shape, and for NaN or infinity.
+        """
+        if weight.shape != self.weight_shape:
+            raise ValueError(f"this layer stores a weight {list(self.weight_shape)}, got {list(weight.shape)}")
+        self.set_parts(quantize_weight(weight, self.weight_format, name))
+        self.weight_dtype, self.cast_dtype = weight.dtype, None
+
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a QuantizedTensor that shares this module's storage."""
         parts = {name: part.detach() for name, part in self.parts().items()}

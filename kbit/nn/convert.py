@@ -74,7 +74,7 @@ def quantize_model(model: nn.Module, config: KbitConfig | None = None) -> nn.Mod
             layer.set_parts(leader.parts())
             layer.weight_dtype = leader.weight_dtype
         else:
-            layer.quantize_from(weight_of(module), _key(name))  # type: ignore[operator]
+            layer.quantize_from(weight_of(module), _key(name))
         if name in leaders:
             converted[name] = layer
         model = _replace(model, places, module, layer)

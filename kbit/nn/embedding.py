@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kbit import ops
 from kbit.formats.spec import Format
-from kbit.nn.base import QuantizedModule, quantize_weight
+from kbit.nn.base import QuantizedModule
 
 
 class _QuantizedEmbedding(QuantizedModule, nn.Embedding):
@@ -32,17 +32,6 @@ class _QuantizedEmbedding(QuantizedModule, nn.Embedding):
     def output_dtype(self) -> torch.dtype:
         """The dtype of looked-up rows: the table's, or what `.half()`, `.bfloat16()` and `.to(dtype)` made of it."""
         return self.cast_dtype or self.weight_dtype
-
-    @output_dtype.setter
-    def output_dtype(self, dtype: torch.dtype) -> None:
-        self.cast_dtype = dtype
-
-    def quantize_from(self, weight: Tensor, name: str | None = None) -> None:
-        """Quantize `weight [rows, dim]` into this table. ValueError for another shape, and for NaN or infinity."""
-        if weight.shape != self.weight_shape:
-            raise ValueError(f"this table stores a weight {list(self.weight_shape)}, got {list(weight.shape)}")
-        self.set_parts(quantize_weight(weight, self.weight_format, name))
-        self.weight_dtype, self.cast_dtype = weight.dtype, None
 
     def reset_parameters(self) -> None:
         """Nothing to draw: quantized weights come from a checkpoint or another layer."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kbit import ops
 from kbit.formats.spec import NESTED_BLOCK_SIZE, Format
-from kbit.nn.base import QuantizedModule, quantize_weight
+from kbit.nn.base import QuantizedModule
 from kbit.nn.select import is_llama4_experts
 
 IMPLEMENTATION = "kbit"  # the name of `experts_forward` in transformers' registry of experts implementations
@@ -46,13 +46,6 @@ class ExpertWeight(QuantizedModule):
         self.compute_dtype = compute_dtype
         self.original_class = nn.Parameter  # type: ignore[assignment]
         self._init_weight(format, (experts, out_features, in_features), device, dtype)  # type: ignore[arg-type]
-
-    def quantize_from(self, weight: Tensor, name: str | None = None) -> None:
-        """Quantize `weight [E, N, K]`. ValueError for another shape, and for NaN or infinity."""
-        if weight.shape != self.weight_shape:
-            raise ValueError(f"these experts store a weight {list(self.weight_shape)}, got {list(weight.shape)}")
-        self.set_parts(quantize_weight(weight, self.weight_format, name))
-        self.weight_dtype = weight.dtype
 
     def forward(self, x: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
         """x: `[S, K]`, rows sorted by expert; counts: rows of each expert; bias: `[E, N]` -> `[S, N]`."""

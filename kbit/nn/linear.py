@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kbit import ops
 from kbit.formats.spec import Format
-from kbit.nn.base import QuantizedModule, quantize_weight
+from kbit.nn.base import QuantizedModule
 
 
 class _QuantizedLinear(QuantizedModule, nn.Linear):
@@ -34,16 +34,6 @@ class _QuantizedLinear(QuantizedModule, nn.Linear):
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=self.weight_dtype)) if bias else None
         )
-
-    def quantize_from(self, weight: Tensor, name: str | None = None) -> None:
-        """Quantize `weight [N, K]` into this layer, replacing what it holds. `name` is what errors call it.
-
-        Raises ValueError for another shape, and for NaN or infinity.
-        """
-        if weight.shape != self.weight_shape:
-            raise ValueError(f"this layer stores a weight {list(self.weight_shape)}, got {list(weight.shape)}")
-        self.set_parts(quantize_weight(weight, self.weight_format, name))
-        self.weight_dtype, self.cast_dtype = weight.dtype, None
 
     @classmethod
     def _copy_of(cls, linear: nn.Linear, name: str | None, **options: Any) -> Self:
