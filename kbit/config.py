@@ -39,6 +39,8 @@ class KbitConfig:
         whose dotted path contains it; `*` and `?` match as in file names.
     quantize_embeddings: nn.Embedding too (and with it a tied head).
     quantize_experts: fused 3-D expert weights too.
+    int8_activations: 8 bits only. None: activations are quantized too where there are many tokens, which is faster, and
+        left alone at few. True or False: always or never (slower at many tokens, and a little more accurate).
 
     Raises ValueError for values that do not exist. `to_dict` and `from_dict` are JSON-safe.
     """
@@ -52,6 +54,7 @@ class KbitConfig:
     skip_modules: list[str] | None = None
     quantize_embeddings: bool = False
     quantize_experts: bool = True
+    int8_activations: bool | None = None
 
     # What transformers reads off a quantization config to find its quantizer.
     quant_method = QUANT_METHOD
@@ -68,6 +71,8 @@ class KbitConfig:
         for flag in ("double_quant", "quantize_embeddings", "quantize_experts"):
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{flag} must be True or False, got {getattr(self, flag)!r}")
+        if self.int8_activations is not None and not isinstance(self.int8_activations, bool):
+            raise ValueError(f"int8_activations must be True, False or None, got {self.int8_activations!r}")
         threshold = self.outlier_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
             raise ValueError(f"outlier_threshold must be a finite number of at least 0, got {threshold!r}")

@@ -163,7 +163,8 @@ def empty_like(module: nn.Module, config: KbitConfig, device: torch.device | str
         if fmt.is_4bit:
             layer = Linear4bit(k, n, False, format=fmt, **where)
         else:
-            layer = Linear8bit(k, n, False, outlier_threshold=config.outlier_threshold, **where)
+            options = {"outlier_threshold": config.outlier_threshold, "int8_activations": config.int8_activations}
+            layer = Linear8bit(k, n, False, **options, **where)
         layer.bias = module.bias  # type: ignore[assignment]
     else:
         assert isinstance(module, nn.Embedding)

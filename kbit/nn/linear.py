@@ -125,7 +125,10 @@ class Linear8bit(_QuantizedLinear):
     is `code * absmax / 127`), bias `[N]`.
 
     outlier_threshold: input features with a magnitude of at least this leave the int8 product and are multiplied in
-    16 bits; 0 multiplies everything in int8. At few tokens the activations are not quantized at all.
+    16 bits; 0 multiplies everything in int8.
+    int8_activations: None quantizes the activations at many tokens only (`kbit.ops.choose`), where that is faster; at few
+    the weight's bytes set the time, and activations that stay as they are give the better result. True quantizes them
+    always, False never.
     compute_dtype, dtype: as in Linear4bit.
     """
 
@@ -136,12 +139,14 @@ class Linear8bit(_QuantizedLinear):
         bias: bool = True,
         *,
         outlier_threshold: float = 6.0,
+        int8_activations: bool | None = None,
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, Format("int8", 0), compute_dtype, device, dtype)
         self.outlier_threshold = float(outlier_threshold)
+        self.int8_activations = int8_activations
 
     @classmethod
     def from_linear(
@@ -150,16 +155,19 @@ class Linear8bit(_QuantizedLinear):
         outlier_threshold: float = 6.0,
         compute_dtype: torch.dtype | None = None,
         name: str | None = None,
+        int8_activations: bool | None = None,
     ) -> Linear8bit:
         """A quantized copy of `linear`; the bias Parameter is shared."""
-        return cls._copy_of(linear, name, outlier_threshold=outlier_threshold, compute_dtype=compute_dtype)
+        options = {"outlier_threshold": outlier_threshold, "int8_activations": int8_activations}
+        return cls._copy_of(linear, name, **options, compute_dtype=compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., K]`, floating point -> `[..., N]` in x's dtype."""
         check_features(x, self.in_features)
         inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        out = ops.linear_8bit(inner, self.weight, self.absmax, self.bias, self.outlier_threshold)
+        out = ops.linear_8bit(inner, self.weight, self.absmax, self.bias, self.outlier_threshold, self.int8_activations)
         return out if self.compute_dtype is None else out.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, outlier_threshold={self.outlier_threshold:g}"
+        asked = "" if self.int8_activations is None else f", int8_activations={self.int8_activations}"
+        return f"{super().extra_repr()}, outlier_threshold={self.outlier_threshold:g}{asked}"

@@ -60,16 +60,24 @@ def linear_4bit(
     return call(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
 
 
-def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float) -> Tensor:
+def linear_8bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    outlier_threshold: float,
+    int8_activations: bool | None = None,
+) -> Tensor:
     """`x [..., K] @ W [N, K]^T + bias` with W in int8 and one scale a row: LLM.int8() (arXiv 2208.07339).
 
     At few tokens the activations stay as they are and only the weight is read in 8 bits. Above that both are int8, but
-    for the feature columns that hold a magnitude of at least `outlier_threshold` (0: none).
+    for the feature columns that hold a magnitude of at least `outlier_threshold` (0: none). int8_activations: True and
+    False ask for the second and the first way at any number of tokens; None goes by `kbit.ops.choose`.
     The result has x's dtype. Differentiable in x (through the dequantized weight) and bias.
     """
     x, bias, grad = _prepare(x, bias)
     call = Linear8bitFunction.apply if grad else torch.ops.kbit.linear_8bit
-    return call(x, weight, absmax, bias, outlier_threshold)
+    return call(x, weight, absmax, bias, outlier_threshold, int8_activations)
 
 
 def embedding_4bit(

@@ -53,16 +53,16 @@ class _LinearGrad4bitFunction(torch.autograd.Function):
 
 class Linear8bitFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, absmax, bias, outlier_threshold):
+    def forward(ctx, x, weight, absmax, bias, outlier_threshold, int8_activations):
         ctx.save_for_backward(weight, absmax)
-        return _ops.linear_8bit(x, weight, absmax, bias, outlier_threshold)
+        return _ops.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
 
     @staticmethod
     def backward(ctx, grad):
         weight, absmax = ctx.saved_tensors
         x_grad = _LinearGrad8bitFunction.apply(grad, weight, absmax) if ctx.needs_input_grad[0] else None
         bias_grad = _bias_grad(grad) if ctx.needs_input_grad[3] else None
-        return x_grad, None, None, bias_grad, None
+        return x_grad, None, None, bias_grad, None, None
 
 
 class _LinearGrad8bitFunction(torch.autograd.Function):

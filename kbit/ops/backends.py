@@ -33,14 +33,14 @@ def _triton() -> Backend:
     if not _has_gpu():
         return Backend("triton", False, "no GPU that torch can use")
     reason = triton.why_not()
-    return Backend("triton", reason is None, reason or "4-bit products, quantize and dequantize on every GPU")
+    return Backend("triton", reason is None, reason or "products, quantize and dequantize on every GPU")
 
 
 def _cuda() -> Backend:
     from kbit.ops import cuda
 
     reason = cuda.why_not()
-    return Backend("cuda", reason is None, reason or "4-bit products on Hopper GPUs, compiled at first use")
+    return Backend("cuda", reason is None, reason or "products on Hopper GPUs, compiled at first use")
 
 
 def _cpu() -> list[Backend]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 # Up to this many tokens a product reads the int8 weights alone: the activations stay unquantized, which is both
 # faster (memory bound) and more accurate. Above it, LLM.int8() multiplies in int8.
 WEIGHT_ONLY_TOKENS = 16
+# The same on a GPU, where a pass over the activations costs more than their 16 bits do (measured on one H200).
+GPU_WEIGHT_ONLY_TOKENS = 64
 
 # Up to this many tokens Triton decodes the 4-bit weight inside the product. Above it the tensor cores set the time, and
 # decoding once, then multiplying with the vendor's library, is faster.
@@ -14,10 +16,34 @@ TRITON_GRAD_TOKENS = 16
 # where N is small there are too few tiles for that.
 HOPPER_TOKENS = 1536
 
+# Above this many tokens, where weight-only was asked for, decoding the int8 weight once is no slower.
+INT8_DEQUANTIZE_TOKENS = 128
+INT8_GRAD_TOKENS = 64
+# Columns that the Hopper kernel of LLM.int8() has room to mark.
+HOPPER_INT8_K = 32768
 
-def linear_8bit_path(device: str, m: int) -> str:
-    """ "weight_only" or "llm_int8" for `m` tokens on a device type."""
-    return "weight_only" if m <= WEIGHT_ONLY_TOKENS else "llm_int8"
+
+def linear_8bit_path(device: str, m: int, int8_activations: bool | None = None) -> str:
+    """ "weight_only" or "llm_int8" for `m` tokens on a device type; int8_activations asks for the one or the other."""
+    if int8_activations is not None:
+        return "llm_int8" if int8_activations else "weight_only"
+    return "weight_only" if m <= (WEIGHT_ONLY_TOKENS if device == "cpu" else GPU_WEIGHT_ONLY_TOKENS) else "llm_int8"
+
+
+def linear_8bit_kernel(
+    path: str, m: int, n: int, k: int, dtype_bytes: int, capability: tuple[int, int] | None, aligned: bool = True
+) -> str:
+    """Which kernel of a GPU takes a path of `linear_8bit_path`: "hopper", "triton", or "dequantize" (decode the weight
+    once, then the vendor's library). capability, aligned: as in `linear_4bit_path`."""
+    if path == "weight_only" and m > INT8_DEQUANTIZE_TOKENS:
+        return "dequantize"
+    fits = dtype_bytes == 2 and k % 16 == 0 and k <= HOPPER_INT8_K and n > 0
+    return "hopper" if capability == (9, 0) and aligned and fits else "triton"
+
+
+def linear_8bit_grad_path(m: int) -> str:
+    """ "triton" or "dequantize" for the gradient of an int8 product to its `m` tokens."""
+    return "triton" if m <= INT8_GRAD_TOKENS else "dequantize"
 
 
 def linear_4bit_path(

@@ -40,6 +40,16 @@ def aligned(x: Tensor, weight: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
 
 
+def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_8bit")
+    return launcher.linear_8bit(x, weight, absmax, bias)
+
+
+def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float) -> Tensor:
+    launcher = importlib.import_module("kbit.kernels.cuda.llm_int8")
+    return launcher.llm_int8(x, weight, absmax, bias, outlier_threshold)
+
+
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
     launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit")
     return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)

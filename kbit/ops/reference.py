@@ -13,7 +13,7 @@ from kbit.ops import choose
 from kbit.ops.schemas import library, tokens
 
 # The most int8 products of 127 * 127 that an int32 sum holds.
-_INT32_K = (2**31 - 1) // 127**2
+INT32_K = (2**31 - 1) // 127**2
 
 
 def as_float(scales: Tensor) -> Tensor:
@@ -53,8 +53,15 @@ def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, c
     return grad @ w
 
 
-def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float) -> Tensor:
-    if not x.numel() or choose.linear_8bit_path(x.device.type, tokens(x)) == "weight_only":
+def linear_8bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    outlier_threshold: float,
+    int8_activations: bool | None = None,
+) -> Tensor:
+    if not x.numel() or choose.linear_8bit_path(x.device.type, tokens(x), int8_activations) == "weight_only":
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
     out = llm_int8(x.reshape(-1, x.shape[-1]), weight, as_float(absmax), outlier_threshold)
     if bias is not None:
@@ -99,9 +106,9 @@ def _outlier_product(x: Tensor, weight: Tensor, absmax: Tensor, columns: Tensor)
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """Exact `a [M, K] @ b [N, K]^T` of int8 values."""
-    if a.device.type == "cpu" and a.shape[1] <= _INT32_K:
+    if a.device.type == "cpu" and a.shape[1] <= INT32_K:
         return torch._int_mm(a, b.t())
-    if a.device.type == "cuda" and torch.version.hip is None and a.shape[1] <= _INT32_K:
+    if a.device.type == "cuda" and torch.version.hip is None and a.shape[1] <= INT32_K:
         # cuBLAS takes more than 16 rows, and K and N in eights; zeros fill up what is missing.
         (m, k), n = a.shape, b.shape[0]
         a = F.pad(a, (0, -k % 8, 0, max(0, 17 - m)))

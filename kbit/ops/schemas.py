@@ -30,7 +30,8 @@ SCHEMAS = {
     " -> Tensor",
     "linear_4bit_grad_input": f"(Tensor grad, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt k)"
     " -> Tensor",
-    "linear_8bit": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float outlier_threshold) -> Tensor",
+    "linear_8bit": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float outlier_threshold,"
+    " bool? int8_activations=None) -> Tensor",
     "linear_8bit_grad_input": "(Tensor grad, Tensor weight, Tensor absmax) -> Tensor",
     "embedding_4bit": f"(Tensor ids, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt dim,"
     " ScalarType dtype) -> Tensor",
@@ -109,7 +110,7 @@ def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, c
 
 
 @_fake
-def linear_8bit(x, weight, absmax, bias, outlier_threshold):
+def linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations=None):
     k = weight.shape[-1]
     torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight {k}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

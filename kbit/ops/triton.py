@@ -80,11 +80,63 @@ def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, c
     return grad @ dequantize_4bit(weight, *scales, codebook, block_size, (grad.shape[-1], k), grad.dtype)
 
 
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    kernel = _kernel("quantize_int8")
+    return blocks.quantize_int8(x) if kernel is None else kernel(x)
+
+
+def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    kernel = _kernel("dequantize_int8")
+    if kernel is None or dtype not in _DTYPES:
+        kernel = reference.dequantize_int8
+    return kernel(codes, absmax, dtype)
+
+
+def linear_8bit(  # type: ignore[no-untyped-def]
+    x, weight, absmax, bias, outlier_threshold, int8_activations=None
+) -> Tensor:
+    m, (n, k) = tokens(x), weight.shape
+    path = choose.linear_8bit_path(x.device.type, m, int8_activations)
+    few = path == "weight_only"
+    kernel = _kernel("linear_8bit" if few else "llm_int8")
+    if kernel is None or x.dtype not in _DTYPES or not m or not n or (not few and k > reference.INT32_K):
+        return reference.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
+    capability, aligned = cuda.capability(x), cuda.aligned(x, weight)
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    absmax = absmax.contiguous()
+    found = choose.linear_8bit_kernel(path, m, n, k, x.element_size(), capability, aligned)
+    if found == "hopper":
+        kernel = cuda.linear_8bit if few else cuda.llm_int8
+    elif found == "dequantize":
+        return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
+    return kernel(x, weight, absmax, bias) if few else kernel(x, weight, absmax, bias, outlier_threshold)
+
+
+def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    kernel = _kernel("linear_8bit_grad_input")
+    if kernel is not None and grad.dtype in _DTYPES and choose.linear_8bit_grad_path(tokens(grad)) == "triton":
+        return kernel(grad, weight, absmax)
+    return grad @ dequantize_int8(weight, absmax, grad.dtype)
+
+
+def embedding_8bit(ids: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = ids.reshape(-1).long()
+    # index_select refuses a row that does not exist.
+    values = dequantize_int8(weight.index_select(0, rows), absmax.index_select(0, rows), dtype)
+    return values.view(*ids.shape, weight.shape[-1])
+
+
 IMPLEMENTATIONS = {
     "quantize_4bit": quantize_4bit,
     "dequantize_4bit": dequantize_4bit,
     "linear_4bit": linear_4bit,
     "linear_4bit_grad_input": linear_4bit_grad_input,
+    "quantize_int8": quantize_int8,
+    "dequantize_int8": dequantize_int8,
+    "linear_8bit": linear_8bit,
+    "linear_8bit_grad_input": linear_8bit_grad_input,
+    "embedding_8bit": embedding_8bit,
 }
 
 for _name, _function in IMPLEMENTATIONS.items():

@@ -45,4 +45,4 @@ class KbitConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Settings that may differ between two loads of one checkpoint, because they do not change its bytes."""
-        return {name: getattr(self, name) for name in ("compute_dtype", "outlier_threshold")}
+        return {name: getattr(self, name) for name in ("compute_dtype", "outlier_threshold", "int8_activations")}

@@ -22,7 +22,9 @@ FOLDER = Path(__file__).parent / "tuned"
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Tokens, out features and in features a program handles at once; parts of K; warps; pipeline stages."""
+    """Tokens, out features and in features a program handles at once; parts of K; warps; pipeline stages.
+
+    left: the weight is the left operand of the product (`linear_8bit` alone asks)."""
 
     bm: int
     bn: int
@@ -30,6 +32,7 @@ class Tile:
     split: int = 1
     warps: int = 4
     stages: int = 2
+    left: bool = False
 
 
 def file_name(gpu: str) -> str:

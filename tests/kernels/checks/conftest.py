@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _mend_interpreter() -> None:
     """Triton's interpreter cuts fp32 off to bf16 where every device rounds to nearest even, misreads subnormal bf16,
-    and its dot takes the bits of bf16 operands for integers. Each would fail kernels that are right."""
+    converts integers to the bits of bf16, and its dot takes the bits of bf16 operands for integers. Each would fail kernels that are right."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -42,6 +42,14 @@ def _mend_interpreter() -> None:
     def dot_wide(self, a, b, d, precision, imprecise):  # type: ignore[no-untyped-def]
         return dot(self, wide(a), wide(b), d, precision, imprecise)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def int_to_float(self, source, target):  # type: ignore[no-untyped-def]
+        if target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        return cast(self, interpreter.TensorHandle(source.data.astype(np.float32), tl.float32), target)
+
+    interpreter.InterpreterBuilder.create_si_to_fp = int_to_float
     interpreter._convert_float = convert_nearest
     interpreter.InterpreterBuilder.create_dot = dot_wide
 
@@ -57,11 +65,13 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every output that a launcher allocates starts as NaN or 0xAB: an element nobody wrote shows."""
+    """Every output that a launcher allocates starts as NaN, 0xAB or 0x55: an element nobody wrote shows."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):  # type: ignore[no-untyped-def]
         out = empty(*args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else 0xAB)
+        if out.is_floating_point():
+            return out.fill_(float("nan"))
+        return out.fill_(0x55 if out.dtype == torch.int8 else 0xAB)
 
     monkeypatch.setattr(torch, "empty", poisoned)

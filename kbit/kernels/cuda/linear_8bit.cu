@@ -1,0 +1,244 @@
+// out[M, N] = x[M, K] W[N, K]^T * absmax / 127 + bias on Hopper at few tokens, W in int8, x in bf16 or fp16.
+//
+// As in linear_4bit.cu: W x^T with the weight as the left operand, decoded in registers; a producer warp keeps STAGES
+// tiles of codes and inputs in flight with the bulk tensor copy engine; WR x WK consumer warpgroups (WR along N, 64 rows each;
+// WK take turns along K) decode 64 columns while the tensor cores multiply the 64 before; CLUSTER thread blocks may split
+// K, and parts meet in distributed shared memory in a fixed order. A code is exact in 16 bits, so it enters the product
+// as it is, and the scale of its row is applied to the fp32 sum.
+//
+// Compile-time settings: FP16, NT (tokens a tile), WR, WK, STAGES, CLUSTER, CTAS (blocks a multiprocessor). wgmma.h is
+// generated for NT.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#include "wgmma.h"
+
+constexpr int KS = 128;                            // K a stage: one 128-byte row of codes
+constexpr int ROWS = 64 * WR;                      // rows of W a tile
+constexpr int GROUPS = WR * WK;                    // consumer warpgroups
+constexpr int THREADS = 128 * GROUPS + 32;
+constexpr int W_BYTES = ROWS * KS;
+constexpr int X_BYTES = NT * 128;                  // one 64-wide slice of x
+constexpr int STAGE = W_BYTES + 2 * X_BYTES;
+constexpr int PITCH = ROWS + 4;                    // floats a token in the epilogue's buffer
+constexpr int PARTS = WK * NT * PITCH * 4;
+constexpr int BAR_OFFSET = STAGES * STAGE > PARTS ? STAGES * STAGE : (PARTS + 15) / 16 * 16;
+constexpr int ACC = NT / 2;                        // accumulators a lane
+
+static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K");
+
+struct __align__(64) TensorMap { char bytes[128]; };
+template <int V> struct Int { static constexpr int value = V; };
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra WAIT_DONE;\n"
+      " bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void prefetch_tile(const TensorMap* map, int x, int y) {  // into L2 only
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
+  float4 v;
+  asm volatile(
+      "{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %4, %5;\n ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
+__device__ __forceinline__ u32 load_pair(u32 from) {  // two neighbouring codes
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
+  return v;
+}
+#if FP16
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
+// 0x6400 | (code + 128) is 1024 + 128 + code in fp16.
+__device__ __forceinline__ u32 decode_pair(u32 codes) {
+  u32 d;
+  asm("{\n .reg .b32 p;\n xor.b32 p, %1, 0x8080;\n prmt.b32 p, p, 0x64646464, 0x4140;\n sub.rn.f16x2 %0, p, %2;\n}" : "=r"(d) : "r"(codes), "r"(0x64806480u));
+  return d;
+}
+#else
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
+// In bf16, 0x4300 | low seven bits is 128 + those, and 0x4300 | sign bit is 128, or 256 for a negative code, whose low
+// bits stand for 128 more than it: the difference is the code.
+__device__ __forceinline__ u32 decode_pair(u32 codes) {
+  u32 d;
+  asm("{\n .reg .b32 p, q;\n prmt.b32 p, %1, 0x43434343, 0x4140;\n and.b32 q, p, 0xff80ff80;\n and.b32 p, p, 0xff7fff7f;\n"
+      " sub.rn.bf16x2 %0, p, q;\n}" : "=r"(d) : "r"(codes));
+  return d;
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
+#if CLUSTER > 1
+    __cluster_dims__(1, 1, CLUSTER)
+#endif
+linear_8bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const float* __restrict__ absmax,
+            const u16* __restrict__ bias, u16* __restrict__ out, int M, int N, int K) {
+  extern __shared__ u8 raw_shared[];
+  const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
+  const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
+  const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
+  const int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * NT;
+  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const int all = (K + KS - 1) / KS, share = (all + CLUSTER - 1) / CLUSTER;
+  const int begin = min(all, (int)rank * share), steps = min(share, all - begin);
+
+  auto fetch = [&](int step, int slot) {
+    const int k = (begin + step) * KS;
+    const u32 bar = full + 8 * slot, to = base + slot * STAGE;
+    barrier_expect(bar, STAGE);
+    copy_tile(to, &map_w, k, row0, bar);
+    copy_tile(to + W_BYTES, &map_x, k, token0, bar);
+    copy_tile(to + W_BYTES + X_BYTES, &map_x, k + 64, token0, bar);
+  };
+  if (thread == 128 * GROUPS) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 4 * WR);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    // A read into L2 is harmless even where the kernel before this one still writes these codes.
+    for (int step = 0; step < STAGES && step < steps; step++) prefetch_tile(&map_w, (begin + step) * KS, row0);
+  }
+  // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  if (thread == 128 * GROUPS)
+    for (int step = 0; step < STAGES && step < steps; step++) fetch(step, step);
+  __syncthreads();
+
+  const int group = warp >> 2, g = lane >> 2, t = lane & 3;
+  const int group_k = group % WK, group_r = group / WK;
+  const int local0 = group_r * 64 + (warp & 3) * 16 + g;  // this lane's rows: local0 and local0 + 8
+
+  if (warp >= 4 * GROUPS) {
+    if (thread == 128 * GROUPS)
+      for (int step = STAGES, slot = 0, phase = 0; step < steps; step++) {
+        barrier_wait(empty + 8 * slot, phase);
+        fetch(step, slot);
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+      }
+  } else {
+    float acc[ACC];
+#pragma unroll
+    for (int i = 0; i < ACC; i++) acc[i] = 0.f;
+    u32 a[2][16];
+
+    // Codes of 64 rows x 64 columns -> fragments. The 16-byte pieces of row r are swizzled by r mod 8, so that the eight
+    // rows a load touches lie in different banks.
+    auto decode = [&](u32 (&to)[16], int slot, int half) {
+      const u32 row = base + slot * STAGE + local0 * KS + 2 * t;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const u32 at = ((4 * half + (i >> 1)) ^ (local0 & 7)) * 16 + 8 * (i & 1);
+        to[2 * i] = decode_pair(load_pair(row + at));
+        to[2 * i + 1] = decode_pair(load_pair(row + 8 * KS + at));
+      }
+    };
+    auto multiply = [&](u32 (&from)[16], int slot, int half) {
+      // 128-byte swizzled K-major x: 8 tokens are 1024 bytes; 16 elements further in K are 32 bytes further.
+      const u32 x = base + slot * STAGE + W_BYTES + half * X_BYTES;
+      const u64 descriptor = (u64)((x & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < 4; i++) wgmma(acc, from + 4 * i, descriptor + 2 * i, 1);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+    auto finish = [&]() {  // the product has left the tensor cores
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
+    };
+    int slot = group_k;
+    u32 phase = 0;
+    if (group_k < steps) {
+      barrier_wait(full + 8 * slot, phase);
+      decode(a[0], slot, 0);
+    }
+    for (int step = group_k; step < steps; step += WK) {
+      // While the tensor cores multiply one half of a stage, the next one is decoded.
+      multiply(a[0], slot, 0);
+      decode(a[1], slot, 1);
+      finish();
+      const int done = slot;
+      multiply(a[1], done, 1);
+      if (step + WK < steps) {
+        slot += WK;
+        if (slot >= STAGES) slot -= STAGES, phase ^= 1;
+        barrier_wait(full + 8 * slot, phase);
+        decode(a[0], slot, 0);
+      }
+      finish();
+      if (lane == 0) barrier_arrive(empty + 8 * done);
+    }
+
+    // Parts meet in shared memory, [WK][NT][PITCH] floats over the stages, once no consumer needs those.
+    asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
+#pragma unroll
+    for (int i = 0; i < ACC; i++) {
+      const int token = (i >> 2) * 8 + 2 * t + (i & 1), row = local0 + (i & 2) * 4;
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + ((group_k * NT + token) * PITCH + row) * 4), "f"(acc[i]) : "memory");
+    }
+  }
+  if (CLUSTER > 1) cluster_sync();
+  else __syncthreads();
+  const int items = min(NT, M - token0) * (ROWS / 4);
+  for (int item = thread + rank * THREADS; item < items; item += THREADS * CLUSTER) {
+    const int token = item / (ROWS / 4), row = item % (ROWS / 4) * 4, n = row0 + row;
+    if (n >= N) continue;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int r = 0; r < CLUSTER; r++)
+#pragma unroll
+      for (int k = 0; k < WK; k++) {
+        const u32 at = base + ((k * NT + token) * PITCH + row) * 4;
+        float4 v;
+        if (CLUSTER > 1) v = load_remote(at, r);
+        else asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
+        sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
+      }
+    float value[4] = {sum.x, sum.y, sum.z, sum.w};
+    u16* to = out + (size_t)(token0 + token) * N + n;
+    u16 half[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int at = min(n + i, N - 1);
+      half[i] = to_half(__fadd_rn(value[i] * (absmax[at] * 0.007874015748031496f), bias ? from_half(bias[at]) : 0.f));
+    }
+    if ((N & 3) == 0) {
+      *(uint2*)to = make_uint2(half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16);
+    } else {
+      for (int i = 0; i < 4 && n + i < N; i++) to[i] = half[i];
+    }
+  }
+  if (CLUSTER > 1) cluster_sync();  // nobody leaves while its memory is read
+}

@@ -1,0 +1,431 @@
+// LLM.int8() on Hopper: out[M, N] = (codes W^T) * rows * absmax + outlier columns in 16 bits + bias, x in bf16 or fp16.
+//
+// codes[M, K] and rows[M] are the quantized activations, flags[K] marks the columns that hold an outlier. Two consumer
+// warpgroups multiply a tile of 128 tokens by BN out features in s8 x s8 -> s32, both operands from shared memory, while one
+// warp keeps STAGES slices of K in flight with the bulk tensor copy engine. Blocks are persistent: the copies of the next
+// tile run under the epilogue of this one. CLUSTER = 2 blocks, neighbours along M, load half of the weights each and
+// share them.
+//
+// Outlier columns: three more warps read x, codes and W at 16 marked columns at a time, and leave the rest
+// x - code * rows in 16 bits, and the codes of W (exact in 16 bits), in shared memory. The scaled sums are already fp32 in the
+// accumulators' registers then, and the same tensor core adds rest W^T to them: the int8 share of an outlier column is
+// taken back and the column counts as it is. All of it runs on the device, for any number of columns.
+//
+// Where tiles are fewer than multiprocessors, K is split: parts are int32, so their sum is exact in any order; the block
+// that comes last adds them up.
+//
+// Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER. wgmma.h is generated for BN.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#include "wgmma.h"
+
+constexpr int BM = 128, BK = 128;
+constexpr int CONSUMERS = 256, THREADS = 384, GATHERERS = 96;
+constexpr int A_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = A_BYTES + W_BYTES;
+constexpr int OC = 16;                             // outlier columns at a time
+constexpr int REST_OFFSET = STAGES * STAGE;        // [2 halves of OC][BM][8] in 16 bits
+constexpr int SUB_OFFSET = REST_OFFSET + BM * OC * 2;  // [2][BN][8]
+constexpr int PITCH = 80;                          // bytes a row of a warp's output buffer: 32 values, padded
+constexpr int STORE_OFFSET = SUB_OFFSET + BN * OC * 2;
+constexpr int LIST = 512;                          // marked columns held at a time
+constexpr int LIST_OFFSET = STORE_OFFSET + 8 * 16 * PITCH;
+constexpr int MASK_OFFSET = LIST_OFFSET + LIST * 2;
+constexpr int MASK_BYTES = 4096;                   // one bit a column: K up to 32768
+constexpr int BAR_OFFSET = MASK_OFFSET + MASK_BYTES;
+constexpr int ACC = BN / 2;                        // accumulators a lane
+constexpr float STEP = 0.007874015748031496f;      // 1 / 127
+
+struct __align__(64) TensorMap { char bytes[128]; };
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {  // the barrier of a block of the cluster
+  asm volatile("{\n .reg .b32 a;\n mapa.shared::cluster.u32 a, %0, %1;\n mbarrier.arrive.shared::cluster.b64 _, [a];\n}"
+               ::"r"(bar), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      " @p bra WAIT_DONE;\n bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+      ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+template <int ID, int COUNT> __device__ __forceinline__ void sync_some() {
+  asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory");
+}
+__device__ __forceinline__ void store16(u32 to, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ u32 load_shared(u32 from) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+#if FP16
+__device__ __forceinline__ u32 pack(float a, float b) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a)); return d; }
+__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
+#else
+__device__ __forceinline__ u32 pack(float a, float b) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a)); return d; }
+__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
+#endif
+
+struct Unit { int token0, row0, split; };
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if CLUSTER > 1
+    __cluster_dims__(CLUSTER, 1, 1)
+#endif
+llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w, const u16* __restrict__ x,
+         const signed char* __restrict__ codes, const signed char* __restrict__ weight, const float* __restrict__ rows,
+         const float* __restrict__ absmax, const u16* __restrict__ bias, const u8* __restrict__ flags, u16* __restrict__ out,
+         int* __restrict__ parts, u32* __restrict__ arrived, int M, int N, int K, int stride_x, int stride_codes, int splits,
+         int group) {
+  extern __shared__ u8 raw_shared[];
+  const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
+  const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
+  const u32 rest_full = empty + 8 * STAGES, rest_empty = rest_full + 8, counted = rest_full + 16, note = rest_full + 24;
+  const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
+  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+
+  const int tiles_m = (M + BM * CLUSTER - 1) / (BM * CLUSTER), tiles_n = (N + BN - 1) / BN;  // per cluster
+  const int units = tiles_m * tiles_n * splits;
+  const int all_steps = (K + BK - 1) / BK, share = (all_steps + splits - 1) / splits;
+  // Tiles of tokens in groups, so that clusters at work at one time share what they read.
+  auto unit_at = [&](int u) {
+    Unit unit;
+    unit.split = u % splits;
+    u /= splits;
+    const int first = u / (group * tiles_n) * group, inner = u % (group * tiles_n), height = min(group, tiles_m - first);
+    unit.token0 = ((first + inner % height) * CLUSTER + rank) * BM;
+    unit.row0 = inner / height * BN;
+    return unit;
+  };
+  const int first_unit = blockIdx.x / CLUSTER, stride_unit = gridDim.x / CLUSTER;
+
+  if (thread == CONSUMERS) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 2 * CLUSTER);
+    }
+    barrier_init(rest_full, GATHERERS);
+    barrier_init(rest_empty, 2);
+    barrier_init(counted, GATHERERS);
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  if (CLUSTER > 1) cluster_sync();
+  else __syncthreads();
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+
+  if (warp >= CONSUMERS / 32) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if (warp == CONSUMERS / 32) {
+      if (lane == 0) {
+        int slot = 0, turn = 0;
+        u32 phase = 0;
+        for (int u = first_unit; u < units; u += stride_unit) {
+          const Unit unit = unit_at(u);
+          const int begin = unit.split * share, end = min(all_steps, begin + share);
+          for (int step = begin; step < end; step++) {
+            if (turn >= STAGES) barrier_wait(empty + 8 * slot, phase ^ 1);
+            turn++;
+            const u32 bar = full + 8 * slot, to = base + slot * STAGE;
+            barrier_expect(bar, STAGE);
+            copy_tile(to, &map_a, step * BK, unit.token0, bar);
+            if (CLUSTER > 1)
+              copy_tile_to_all(to + A_BYTES + rank * (W_BYTES / CLUSTER), &map_w, step * BK, unit.row0 + rank * (BN / CLUSTER), bar);
+            else
+              copy_tile(to + A_BYTES, &map_w, step * BK, unit.row0, bar);
+            if (++slot == STAGES) slot = 0, phase ^= 1;
+          }
+        }
+      }
+    } else if (flags) {
+      const int me = thread - CONSUMERS - 32;
+      // One bit a column.
+      for (int i = me; i < K / 16; i += GATHERERS) {
+        const uint4 f = *(const uint4*)(flags + 16 * i);
+        const u32 word[4] = {f.x, f.y, f.z, f.w};
+        u32 bits = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++)  // bytes are 0 or 1: gather their lowest bits
+          bits |= ((word[j] * 0x10204080u) >> 28) << 4 * j;
+        asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + MASK_OFFSET + 2 * i), "h"((u16)bits) : "memory");
+      }
+      if (me == 0 && K % 32) asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + MASK_OFFSET + K / 16 * 2), "h"((u16)0) : "memory");
+      sync_some<1, GATHERERS>();
+      // Columns number LIST * window and on, in order, into the list; the count of all of them.
+      auto fill_list = [&](int window) {
+        int total = 0;
+        if (me < 32) {
+          const int words = (K + 31) / 32;
+          for (int at = 0; at < words; at += 32) {
+            u32 bits = at + lane < words ? load_shared(base + MASK_OFFSET + 4 * (at + lane)) : 0;
+            int place = __popc(bits);
+            const int own = place;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+              const int v = __shfl_up_sync(~0u, place, d);
+              if (lane >= d) place += v;
+            }
+            const int sum = __shfl_sync(~0u, place, 31);
+            place += total - own - window * LIST;
+            while (bits) {
+              const int bit = __ffs(bits) - 1;
+              bits &= bits - 1;
+              if (place >= 0 && place < LIST)
+                asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + LIST_OFFSET + 2 * place), "h"((u16)(32 * (at + lane) + bit)) : "memory");
+              place++;
+            }
+            total += sum;
+          }
+          if (lane == 0) asm volatile("st.shared.u32 [%0], %1;" ::"r"(note), "r"(total) : "memory");
+        }
+        sync_some<1, GATHERERS>();
+      };
+      fill_list(0);
+      const int count = load_shared(note);
+      barrier_arrive(counted);
+      int window = 0, turn = 0;
+      for (int u = first_unit; u < units; u += stride_unit) {
+        const Unit unit = unit_at(u);
+        for (int begin = 0; begin < count; begin += OC) {
+          if (begin / LIST != window) {
+            window = begin / LIST;
+            sync_some<1, GATHERERS>();
+            fill_list(window);
+          }
+          if (turn) barrier_wait(rest_empty, (turn - 1) & 1);
+          turn++;
+          const int here = min(OC, count - begin);
+          const u32 list = base + LIST_OFFSET + 2 * (begin % LIST);
+          for (int item = me; item < 2 * (BM + BN); item += GATHERERS) {
+            const bool of_x = item < 2 * BM;
+            const int index = of_x ? item : item - 2 * BM, height = of_x ? BM : BN;
+            const int half = index >= height, row = index - half * height;
+            u32 packed[4] = {0, 0, 0, 0};
+            const int wanted = here - 8 * half;
+            if (wanted > 0) {
+              float value[8];
+              if (of_x) {
+                const int m = unit.token0 + row;
+                const bool inside = m < M;
+                u16 raw[8];
+                signed char code[8];
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                  raw[j] = 0;
+                  code[j] = 0;
+                  if (inside && j < wanted) {
+                    u16 column;
+                    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(column) : "r"(list + 2 * (8 * half + j)));
+                    raw[j] = x[(size_t)m * stride_x + column];
+                    code[j] = codes[(size_t)m * stride_codes + column];
+                  }
+                }
+                const float scale = inside ? rows[m] * STEP : 0.f;
+#pragma unroll
+                for (int j = 0; j < 8; j++) value[j] = __fsub_rn(from_half(raw[j]), __fmul_rn((float)code[j], scale));
+              } else {
+                const int n = min(unit.row0 + row, N - 1);
+                signed char code[8];
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                  code[j] = 0;
+                  if (j < wanted) {
+                    u16 column;
+                    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(column) : "r"(list + 2 * (8 * half + j)));
+                    code[j] = weight[(size_t)n * K + column];
+                  }
+                }
+#pragma unroll
+                for (int j = 0; j < 8; j++) value[j] = (float)code[j];
+              }
+#pragma unroll
+              for (int j = 0; j < 4; j++) packed[j] = pack(value[2 * j], value[2 * j + 1]);
+            }
+            store16(base + (of_x ? REST_OFFSET : SUB_OFFSET) + (half * height + row) * 16, packed[0], packed[1], packed[2], packed[3]);
+          }
+          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          barrier_arrive(rest_full);
+        }
+        if (window) {  // the next tile begins with the first columns again
+          window = 0;
+          sync_some<1, GATHERERS>();
+          fill_list(0);
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    const int wg = warp >> 2, g = lane >> 2, t = lane & 3;
+    const int local0 = wg * 64 + (warp & 3) * 16 + g;  // this lane's tokens: local0 and local0 + 8
+    int slot = 0, turn = 0;
+    u32 phase = 0;
+    int outliers = -1;
+    for (int u = first_unit; u < units; u += stride_unit) {
+      const Unit unit = unit_at(u);
+      const int begin = unit.split * share, steps = min(all_steps, begin + share) - begin;
+      int acc[ACC];
+      if (steps <= 0)
+#pragma unroll
+        for (int i = 0; i < ACC; i++) acc[i] = 0;
+      int before = -1;
+      for (int step = 0; step < steps; step++) {
+        barrier_wait(full + 8 * slot, phase);
+        // 128-byte swizzled, K-major: 8 rows are 1024 bytes; 32 codes further in K are 32 bytes further.
+        const u32 a = base + slot * STAGE + wg * (64 * BK), w = base + slot * STAGE + A_BYTES;
+        const u64 kind = (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+        const u64 da = kind | ((a & 0x3ffff) >> 4), dw = kind | ((w & 0x3ffff) >> 4);
+#pragma unroll
+        for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < BK / 32; i++) wgmma_s8(acc, da + 2 * i, dw + 2 * i, step > 0 || i > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (before >= 0) {
+          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+          if ((thread & 127) < CLUSTER) {
+            if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
+            else barrier_arrive(empty + 8 * before);
+          }
+        }
+        before = slot;
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+      }
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+      if (before >= 0 && (thread & 127) < CLUSTER) {
+        if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
+        else barrier_arrive(empty + 8 * before);
+      }
+
+      bool last = true;
+      if (splits > 1) {
+        const int tile = u / splits * CLUSTER + rank;
+        int* const own = parts + ((size_t)tile * splits + unit.split) * (ACC * CONSUMERS) + thread;
+#pragma unroll
+        for (int i = 0; i < ACC; i++) __stcg(own + i * CONSUMERS, acc[i]);
+        __threadfence();
+        sync_some<2, CONSUMERS>();
+        if (thread == 0) {
+          const u32 order = atomicAdd(arrived + tile, 1u);
+          asm volatile("st.shared.u32 [%0], %1;" ::"r"(note + 4), "r"(order) : "memory");
+        }
+        sync_some<2, CONSUMERS>();
+        last = load_shared(note + 4) == splits - 1;
+        if (last) {
+          __threadfence();
+          for (int s = 0; s < splits; s++) {
+            if (s == unit.split) continue;
+            const int* const other = parts + ((size_t)tile * splits + s) * (ACC * CONSUMERS) + thread;
+#pragma unroll
+            for (int i = 0; i < ACC; i++) acc[i] += __ldcg(other + i * CONSUMERS);
+          }
+        }
+      }
+
+      const int m0 = unit.token0 + local0, m1 = m0 + 8;
+      const float scale0 = m0 < M ? rows[m0] * STEP : 0.f, scale1 = m1 < M ? rows[m1] * STEP : 0.f;
+      // In place: the registers of the int32 sums become those of the fp32 ones.
+#pragma unroll
+      for (int i = 0; i < ACC; i++)
+        asm volatile("{\n .reg .f32 v;\n cvt.rn.f32.s32 v, %0;\n mul.rn.f32 v, v, %1;\n mov.b32 %0, v;\n}" : "+r"(acc[i]) : "f"(i & 2 ? scale1 : scale0));
+
+      if (flags) {
+        if (outliers < 0) {
+          barrier_wait(counted, 0);
+          outliers = load_shared(note);
+        }
+        for (int begin_c = 0; begin_c < outliers; begin_c += OC) {
+          barrier_wait(rest_full, turn & 1);
+          turn++;
+          {
+            // No swizzle: 8 rows of 16 bytes are 128 bytes, the next 8 columns are a whole operand further.
+            const u32 a = base + REST_OFFSET + wg * 1024, w = base + SUB_OFFSET;
+            const u64 da = (u64)((a & 0x3ffff) >> 4) | (u64)(BM) << 16 | (u64)8 << 32;
+            const u64 dw = (u64)((w & 0x3ffff) >> 4) | (u64)(BN) << 16 | (u64)8 << 32;
+#pragma unroll
+            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            wgmma_half(acc, da, dw);
+            asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+          }
+          if ((thread & 127) == 0) barrier_arrive(rest_empty);
+        }
+      }
+      if (!last) continue;
+
+      // 32 columns at a time through the warp's own buffer, so that rows leave in pieces of 64 bytes.
+      const u32 buffer = base + STORE_OFFSET + warp * 16 * PITCH;
+      const bool even = (N & 7) == 0;
+#pragma unroll
+      for (int pass = 0; pass < BN / 32; pass++) {
+        if (unit.row0 + pass * 32 >= N) break;
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+          const int i = (pass * 4 + b) * 4, n = unit.row0 + pass * 32 + b * 8 + 2 * t;
+          const int n0 = min(n, N - 1), n1 = min(n + 1, N - 1);
+          const float c0 = absmax[n0] * STEP, c1 = absmax[n1] * STEP;
+          const float b0 = bias ? from_half(bias[n0]) : 0.f, b1 = bias ? from_half(bias[n1]) : 0.f;
+          const u32 low = pack(__fadd_rn(__int_as_float(acc[i]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 1]) * c1, b1));
+          const u32 high = pack(__fadd_rn(__int_as_float(acc[i + 2]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 3]) * c1, b1));
+          asm volatile("st.shared.u32 [%0], %1;" ::"r"(buffer + g * PITCH + b * 16 + t * 4), "r"(low) : "memory");
+          asm volatile("st.shared.u32 [%0], %1;" ::"r"(buffer + (g + 8) * PITCH + b * 16 + t * 4), "r"(high) : "memory");
+        }
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int row = h * 8 + (lane >> 2), m = unit.token0 + wg * 64 + (warp & 3) * 16 + row;
+          const int n = unit.row0 + pass * 32 + (lane & 3) * 8;
+          u32 v[4];
+          asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                       : "r"(buffer + row * PITCH + (lane & 3) * 16));
+          if (m < M && n < N) {
+            u16* const to = out + (size_t)m * N + n;
+            if (even) {
+              *(uint4*)to = make_uint4(v[0], v[1], v[2], v[3]);
+            } else {
+#pragma unroll
+              for (int j = 0; j < 8; j++)
+                if (n + j < N) to[j] = (u16)(v[j >> 1] >> (j & 1) * 16);
+            }
+          }
+        }
+        __syncwarp();
+      }
+    }
+  }
+  __syncwarp();
+  if (CLUSTER > 1) cluster_sync();  // nobody leaves while the other block may still arrive at its barriers
+}
