@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.registry import BENCHMARKS
 
-MODULES = ("benchmarks.linear4bit",)
+MODULES = ("benchmarks.linear4bit", "benchmarks.linear8bit")
 RESULTS = Path(__file__).parent / "results"
 
 

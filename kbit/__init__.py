@@ -20,6 +20,7 @@ _PUBLIC = {
     "dequantize": "kbit.ops",
     "Linear4bit": "kbit.nn",
     "Linear8bit": "kbit.nn",
+    "SwitchBackLinear": "kbit.nn",
     "Embedding4bit": "kbit.nn",
     "Embedding8bit": "kbit.nn",
     "quantize_model": "kbit.nn",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from kbit.nn import Embedding8bit as Embedding8bit
     from kbit.nn import Linear4bit as Linear4bit
     from kbit.nn import Linear8bit as Linear8bit
+    from kbit.nn import SwitchBackLinear as SwitchBackLinear
     from kbit.nn import dequantize_model as dequantize_model
     from kbit.nn import model_memory as model_memory
     from kbit.nn import quantize_model as quantize_model

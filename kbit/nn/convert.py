@@ -163,8 +163,8 @@ def empty_like(module: nn.Module, config: KbitConfig, device: torch.device | str
         if fmt.is_4bit:
             layer = Linear4bit(k, n, False, format=fmt, **where)
         else:
-            options = {"outlier_threshold": config.outlier_threshold, "int8_activations": config.int8_activations}
-            layer = Linear8bit(k, n, False, **options, **where)
+            threshold, asked = config.outlier_threshold, config.int8_activations
+            layer = Linear8bit(k, n, False, outlier_threshold=threshold, int8_activations=asked, **where)
         layer.bias = module.bias  # type: ignore[assignment]
     else:
         assert isinstance(module, nn.Embedding)

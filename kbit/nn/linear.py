@@ -126,9 +126,9 @@ class Linear8bit(_QuantizedLinear):
 
     outlier_threshold: input features with a magnitude of at least this leave the int8 product and are multiplied in
     16 bits; 0 multiplies everything in int8.
-    int8_activations: None quantizes the activations at many tokens only (`kbit.ops.choose`), where that is faster; at few
-    the weight's bytes set the time, and activations that stay as they are give the better result. True quantizes them
-    always, False never.
+    int8_activations: None quantizes the activations at many tokens only (`kbit.ops.choose`), where that is faster; at
+    few the weight's bytes set the time, and activations that stay as they are give the better result. True quantizes
+    them always, False never.
     compute_dtype, dtype: as in Linear4bit.
     """
 

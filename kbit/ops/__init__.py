@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kbit.ops import reference, triton  # noqa: F401  (define and implement the operators; no Triton import yet)
-from kbit.ops.autograd import Linear4bitFunction, Linear8bitFunction
+from kbit.ops.autograd import Linear4bitFunction, Linear8bitFunction, SwitchBackFunction
 from kbit.ops.backends import Backend, backends
 from kbit.ops.quantize import dequantize, quantize
 
@@ -23,6 +23,7 @@ __all__ = [
     "linear_4bit",
     "linear_8bit",
     "quantize",
+    "switchback_linear",
 ]
 
 
@@ -78,6 +79,30 @@ def linear_8bit(
     x, bias, grad = _prepare(x, bias)
     call = Linear8bitFunction.apply if grad else torch.ops.kbit.linear_8bit
     return call(x, weight, absmax, bias, outlier_threshold, int8_activations)
+
+
+def switchback_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outlier_threshold: float = 0.0,
+    int8_gradient: bool = True,
+    int8_activations: bool | None = None,
+    codes: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`x [..., K] @ W [N, K]^T + bias` in int8 with a floating point weight that trains (SwitchBack, arXiv 2304.13013).
+
+    The weight is quantized row by row in every call, unless `codes` gives (int8 `[N, K]`, fp32 scales `[N]`) of it. The
+    gradient to the weight is a product in x's dtype; the one to x is in int8 where int8_gradient says so, else through
+    the dequantized codes. outlier_threshold, int8_activations: as in `linear_8bit`. The result has x's dtype.
+    """
+    x, _, _ = _prepare(x, None)
+    parts = torch.ops.kbit.quantize_int8(weight.detach()) if codes is None else codes
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.ops.kbit.linear_8bit(x, *parts, bias, outlier_threshold, int8_activations)
+    return SwitchBackFunction.apply(x, weight, bias, *parts, outlier_threshold, int8_activations, int8_gradient)
 
 
 def embedding_4bit(

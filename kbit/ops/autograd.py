@@ -65,6 +65,37 @@ class Linear8bitFunction(torch.autograd.Function):
         return x_grad, None, None, bias_grad, None, None
 
 
+class SwitchBackFunction(torch.autograd.Function):
+    """A product with int8 codes of a weight that stays in floating point and trains: codes in forward, and straight
+    through them in backward. int8_gradient multiplies the gradient to the input in int8 too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, codes, absmax, outlier_threshold, int8_activations, int8_gradient):
+        ctx.save_for_backward(x, weight, codes, absmax)
+        ctx.int8_gradient, ctx.bias_dtype = int8_gradient, None if bias is None else bias.dtype
+        bias = None if bias is None else bias.to(x.dtype)
+        return _ops.linear_8bit(x, codes, absmax, bias, outlier_threshold, int8_activations)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, codes, absmax = ctx.saved_tensors
+        x_grad = w_grad = b_grad = None
+        if ctx.needs_input_grad[0]:
+            if ctx.int8_gradient:
+                # The sum runs over N: codes of the transposed weight, whose scales belong to the in features.
+                columns, scales = _ops.quantize_int8(weight.detach().t())
+                x_grad = _ops.linear_8bit(grad, columns, scales, None, 0.0, True)
+            else:
+                x_grad = _ops.linear_8bit_grad_input(grad, codes, absmax)
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            w_grad = (rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            b_grad = rows.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return x_grad, w_grad, b_grad, None, None, None, None, None
+
+
 class _LinearGrad8bitFunction(torch.autograd.Function):
     """grad [..., N] -> grad W [..., K] through the dequantized int8 weight."""
 

@@ -73,7 +73,7 @@ def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, outlier_threshold: float
     """LLM.int8() (arXiv 2208.07339): `x [M, K]` times int8 `weight [N, K]` with scales `absmax [N]`, fp32 `[M, N]`.
 
     A feature column that holds a magnitude of at least `outlier_threshold` leaves the int8 product and is multiplied
-    with the dequantized weight in x's dtype. The row scales of x ignore the outlier elements only. A threshold of 0
+    with the dequantized weight, from x as it is. The row scales of x ignore the outlier elements only. A threshold of 0
     multiplies everything in int8.
     """
     values = x.float()
@@ -95,12 +95,13 @@ def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, outlier_threshold: float
 
 
 def _outlier_product(x: Tensor, weight: Tensor, absmax: Tensor, columns: Tensor) -> Tensor:
-    """fp32 product over the outlier `columns` (bool `[K]`) alone, in x's dtype."""
+    """fp32 product over the outlier `columns` (bool `[K]`) alone."""
     if x.device.type == "cpu":  # looking at the mask costs nothing here; elsewhere it would stall the device
         index = columns.nonzero().view(-1)
         x, weight = x.index_select(1, index), weight.index_select(1, index)
-    else:
-        x = x.masked_fill(~columns, 0.0)
+        # A product in bf16 would round the largest part of the sum, and lose to bitsandbytes' fp16.
+        return x.float() @ blocks.dequantize_int8(weight, absmax, torch.float32).t()
+    x = x.masked_fill(~columns, 0.0)
     return (x @ blocks.dequantize_int8(weight, absmax, x.dtype).t()).float()
 
 

@@ -36,7 +36,9 @@ def test_tiles_of_a_gpu_never_seen(tmp_path, monkeypatch):
     from kbit.kernels.triton import tiles
 
     default = tiles.rules("Some GPU of 2031")
-    assert {"linear_4bit", "linear_4bit_grad_input", "linear_8bit", "linear_8bit_grad_input", "llm_int8"} <= set(default)
+    assert {"linear_4bit", "linear_4bit_grad_input", "linear_8bit", "linear_8bit_grad_input", "llm_int8"} <= set(
+        default
+    )
     for rules in default.values():
         for rule in rules:
             tile = tiles.resolve(rule, 1, 4096, 4096, 100)

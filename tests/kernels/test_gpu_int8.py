@@ -1,4 +1,4 @@
-"""The int8 operators as a GPU runs them: every path against float64 and the CPU's results, graphs, compilation, streams."""
+"""The int8 operators as a GPU runs them: every path against float64 and the CPU, graphs, compilation, streams."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def llm_int8(x, weight, bias, threshold=6.0):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("n, k", [(96, 256), (250, 1040), (517, 2816), (70, 100), (129, 4096), (40, 33)])
+@pytest.mark.parametrize("n, k", [(250, 1040), (517, 2816), (70, 100), (40, 33)])
 def test_products_at_every_token_count(n, k, dtype):
     weight, exact = quantized(n, k)
     bias = torch.randn(n, device="cuda").to(dtype)
-    for m in (1, 2, 7, 8, 16, 17, 33, 64, 65, 100, 128, 129, 300):
+    for m in (1, 7, 16, 33, 64, 65, 129, 300):
         x = activations(m, k, 3, dtype)
         few, many = (ops.linear_8bit(x, *weight, bias, 6.0, asked) for asked in (False, True))
         close(few, x.double() @ exact.T + bias.double(), dtype)
@@ -76,7 +76,12 @@ def test_every_hopper_setting():
         for m in (1, 130, 300):
             x = activations(m, k, 5, dtype)
             expected = llm_int8(x, weight, bias)
-            for config in (many.Config(256, 4, 2), many.Config(224), many.Config(192, 3, 2, 3), many.Config(32, 4, 1, 2)):
+            for config in (
+                many.Config(256, 4, 2),
+                many.Config(224),
+                many.Config(192, 4, 1, 4),
+                many.Config(128, 3, 1, 2),
+            ):
                 assert config.valid()
                 close(many.llm_int8(x, *weight, bias, 6.0, config), expected, dtype)
         for config in (few.Config(8, 1, 2, 8, 1, 2), few.Config(16, 2, 2, 6, 2), few.Config(32, 1, 3, 6, 4)):
@@ -217,7 +222,9 @@ def test_more_than_two_to_the_31_elements():
     for m, asked in ((4, False), (130, True)):  # as the weight
         token = activations(m, k, 3, torch.bfloat16)
         out = ops.linear_8bit(token, codes, absmax, None, 6.0, asked)[:, tail]
-        close(out, llm_int8(token, (codes[tail], absmax[tail]), None) if asked else token.double() @ exact.T, token.dtype)
+        close(
+            out, llm_int8(token, (codes[tail], absmax[tail]), None) if asked else token.double() @ exact.T, token.dtype
+        )
     small, _ = quantized(64, k)  # as the input
     out = ops.linear_8bit(x, *small, None, 6.0, True)[tail]
     flagged = (x.abs() >= 6).any(dim=0)

@@ -210,3 +210,36 @@ def test_recycled_buffers_are_noticed():
         parts[index].fill_(3)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_either_way_can_be_forced(asked):
+    parts, w = weight_8bit(9, 48)
+    for m in (3, M):
+        x = activations("present")[:m]
+        out = ops.linear_8bit(x, *parts, None, 6.0, asked)
+        absmax = parts[1].view(torch.float32)
+        expected = llm_int8(x, parts[0], absmax, 6.0).double() if asked else x.double() @ w.double().T
+        close(out, expected)
+
+
+@pytest.mark.parametrize("outliers", [0, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_less_accurate_than_bitsandbytes(dtype, outliers):
+    """Relative error against the product with the weight before it was quantized, on the same inputs."""
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(96, 512, dtype=torch.float16) * 0.05
+    layer = bnb.nn.Linear8bitLt(512, 96, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu").eval()  # in training its CPU path leaves the activations alone
+    parts = torch.ops.kbit.quantize_int8(weight)
+    for m in (4, M, 300):
+        x = torch.randn(m, 512).clamp(-4, 4)
+        x[:, torch.randperm(512)[:outliers]] *= 20
+        x = x.to(dtype)
+        exact = x.double() @ weight.double().T
+        theirs = (layer(x).double() - exact).norm()
+        # Both round the activations to the same codes, but for those that bitsandbytes' cast to fp16 moves.
+        assert (
+            ops.linear_8bit(x, *parts, None, 6.0, None if m == 4 else True).double() - exact
+        ).norm() <= 1.003 * theirs

@@ -11,7 +11,7 @@ from torch import Tensor
 from kbit.integrations.bitsandbytes.blockwise import dequantize_4bit, product_4bit
 from kbit.integrations.bitsandbytes.identity import lives_in
 from kbit.integrations.bitsandbytes.quant_state import QuantState
-from kbit.ops import linear_8bit
+from kbit.ops import linear_8bit, switchback_linear
 
 _ops = torch.ops.kbit
 
@@ -20,6 +20,14 @@ def fp16_for_codes(weight: Tensor) -> Tensor:
     """The weight that bitsandbytes takes int8 codes of: rounded to fp16, but for one that fp16 cannot hold."""
     half = weight.to(torch.float16)
     return half if weight.dtype == torch.float16 or bool(half.isfinite().all()) else weight
+
+
+def trained_for_codes(weight: Tensor) -> Tensor:
+    """The same for a weight that is quantized in every product: decided on the device, for no step may wait for it."""
+    if weight.dtype == torch.float16:
+        return weight
+    half = weight.to(torch.float16)
+    return torch.where(half.isfinite().all(), half.float(), weight.float())
 
 
 @lives_in("bitsandbytes.autograd._functions")
@@ -66,30 +74,6 @@ class MatmulLtState:
                 setattr(self, name, value.to(device))
 
 
-class _FloatWeight(torch.autograd.Function):
-    """int8 product with a weight that trains in floating point: codes in forward, straight through in backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, codes, absmax, threshold):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, codes, absmax)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        cast = None if bias is None else bias.to(x.dtype)
-        return _ops.linear_8bit(x, codes, absmax, cast, threshold)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        x, codes, absmax = ctx.saved_tensors
-        x_grad = w_grad = b_grad = None
-        rows = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[0]:
-            x_grad = _ops.linear_8bit_grad_input(grad.contiguous(), codes, absmax)
-        if ctx.needs_input_grad[1]:
-            w_grad = (rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[2]:
-            b_grad = rows.sum(dim=0, dtype=torch.float32).to(ctx.dtypes[1])
-        return x_grad, w_grad, b_grad, None, None, None
-
-
 def matmul(
     A: Tensor,
     B: Tensor,
@@ -115,14 +99,14 @@ def matmul(
             raise RuntimeError(
                 "this int8 weight has lost its row scales (SCB): load it together with them, or quantize it again"
             )
-        codes, scales = _ops.quantize_int8(fp16_for_codes(B.detach()))
+        codes, scales = _ops.quantize_int8(trained_for_codes(B.detach()) if stale else fp16_for_codes(B.detach()))
         state.CB, state.SCB = codes, scales
     assert state.CB is not None and state.SCB is not None
     if A.shape[-1] != state.CB.shape[1]:
         raise ValueError(f"the input has {A.shape[-1]} features, the int8 weight {list(state.CB.shape)} takes others")
     if state.has_fp16_weights and torch.is_grad_enabled() and B.requires_grad:
-        x = A.to(torch.get_autocast_dtype(A.device.type)) if torch.is_autocast_enabled(A.device.type) else A
-        result = _FloatWeight.apply(x, B, bias, state.CB, state.SCB, float(state.threshold))
+        codes = (state.CB, state.SCB)
+        result = switchback_linear(A, B, bias, float(state.threshold), int8_gradient=False, codes=codes)
     else:
         result = linear_8bit(A, state.CB, state.SCB, bias, float(state.threshold))
     return result if out is None else out.copy_(result)

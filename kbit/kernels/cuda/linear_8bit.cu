@@ -53,9 +53,6 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, i
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void prefetch_tile(const TensorMap* map, int x, int y) {  // into L2 only
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
 __device__ __forceinline__ u32 cluster_rank() {
   u32 rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -127,8 +124,6 @@ linear_8bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       barrier_init(empty + 8 * s, 4 * WR);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
-    // A read into L2 is harmless even where the kernel before this one still writes these codes.
-    for (int step = 0; step < STAGES && step < steps; step++) prefetch_tile(&map_w, (begin + step) * KS, row0);
   }
   // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
   asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");

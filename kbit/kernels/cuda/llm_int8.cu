@@ -11,10 +11,11 @@
 // accumulators' registers then, and the same tensor core adds rest W^T to them: the int8 share of an outlier column is
 // taken back and the column counts as it is. All of it runs on the device, for any number of columns.
 //
-// Where tiles are fewer than multiprocessors, K is split: parts are int32, so their sum is exact in any order; the block
-// that comes last adds them up.
+// Where tiles are fewer than multiprocessors, K is split among the SPLIT blocks of a cluster: their parts, scaled to fp32, meet in
+// distributed shared memory and are added in a fixed order; results repeat bit for bit.
 //
-// Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER. wgmma.h is generated for BN.
+// Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER, SPLIT (1 where CLUSTER is 2). wgmma.h is
+// generated for BN.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -33,11 +34,16 @@ constexpr int PITCH = 80;                          // bytes a row of a warp's ou
 constexpr int STORE_OFFSET = SUB_OFFSET + BN * OC * 2;
 constexpr int LIST = 512;                          // marked columns held at a time
 constexpr int LIST_OFFSET = STORE_OFFSET + 8 * 16 * PITCH;
-constexpr int MASK_OFFSET = LIST_OFFSET + LIST * 2;
+constexpr int SCALE_OFFSET = LIST_OFFSET + LIST * 2;  // for each warpgroup: scales, then biases of the tile's columns
+constexpr int MASK_OFFSET = SCALE_OFFSET + 2 * 2 * BN * 4;
 constexpr int MASK_BYTES = 4096;                   // one bit a column: K up to 32768
 constexpr int BAR_OFFSET = MASK_OFFSET + MASK_BYTES;
 constexpr int ACC = BN / 2;                        // accumulators a lane
 constexpr float STEP = 0.007874015748031496f;      // 1 / 127
+constexpr int PART_PITCH = BN + 8;                 // floats a row of a part, over the stages
+
+static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares weights or splits K");
+static_assert(SPLIT == 1 || BM * PART_PITCH * 4 <= STAGES * STAGE, "a part fits where the stages were");
 
 struct __align__(64) TensorMap { char bytes[128]; };
 
@@ -97,38 +103,46 @@ __device__ __forceinline__ u32 pack(float a, float b) { u32 d; asm("cvt.rn.bf16x
 __device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
 #endif
 
-struct Unit { int token0, row0, split; };
+__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
+  float4 v;
+  asm volatile(
+      "{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %4, %5;\n ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
+
+struct Unit { int token0, row0; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-#if CLUSTER > 1
-    __cluster_dims__(CLUSTER, 1, 1)
+#if CLUSTER * SPLIT > 1
+    __cluster_dims__(CLUSTER * SPLIT, 1, 1)
 #endif
 llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w, const u16* __restrict__ x,
          const signed char* __restrict__ codes, const signed char* __restrict__ weight, const float* __restrict__ rows,
          const float* __restrict__ absmax, const u16* __restrict__ bias, const u8* __restrict__ flags, u16* __restrict__ out,
-         int* __restrict__ parts, u32* __restrict__ arrived, int M, int N, int K, int stride_x, int stride_codes, int splits,
-         int group) {
+         int M, int N, int K, int stride_x, int stride_codes, int group) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
   const u32 rest_full = empty + 8 * STAGES, rest_empty = rest_full + 8, counted = rest_full + 16, note = rest_full + 24;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
-  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const u32 cluster = CLUSTER * SPLIT > 1 ? cluster_rank() : 0;
+  const u32 rank = CLUSTER > 1 ? cluster : 0, split = SPLIT > 1 ? cluster : 0;
 
   const int tiles_m = (M + BM * CLUSTER - 1) / (BM * CLUSTER), tiles_n = (N + BN - 1) / BN;  // per cluster
-  const int units = tiles_m * tiles_n * splits;
-  const int all_steps = (K + BK - 1) / BK, share = (all_steps + splits - 1) / splits;
+  const int units = tiles_m * tiles_n;
+  const int all_steps = (K + BK - 1) / BK, share = (all_steps + SPLIT - 1) / SPLIT;
+  const int begin_step = min(all_steps, (int)split * share), steps = min(share, all_steps - begin_step);
   // Tiles of tokens in groups, so that clusters at work at one time share what they read.
   auto unit_at = [&](int u) {
     Unit unit;
-    unit.split = u % splits;
-    u /= splits;
     const int first = u / (group * tiles_n) * group, inner = u % (group * tiles_n), height = min(group, tiles_m - first);
     unit.token0 = ((first + inner % height) * CLUSTER + rank) * BM;
     unit.row0 = inner / height * BN;
     return unit;
   };
-  const int first_unit = blockIdx.x / CLUSTER, stride_unit = gridDim.x / CLUSTER;
+  // A split block has one tile, whose part takes the place of the stages.
+  const int first_unit = blockIdx.x / (CLUSTER * SPLIT), stride_unit = gridDim.x / (CLUSTER * SPLIT);
 
   if (thread == CONSUMERS) {
     for (int s = 0; s < STAGES; s++) {
@@ -140,7 +154,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     barrier_init(counted, GATHERERS);
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
   }
-  if (CLUSTER > 1) cluster_sync();
+  if (CLUSTER * SPLIT > 1) cluster_sync();
   else __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
 
@@ -152,8 +166,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         u32 phase = 0;
         for (int u = first_unit; u < units; u += stride_unit) {
           const Unit unit = unit_at(u);
-          const int begin = unit.split * share, end = min(all_steps, begin + share);
-          for (int step = begin; step < end; step++) {
+          for (int step = begin_step; step < begin_step + steps; step++) {
             if (turn >= STAGES) barrier_wait(empty + 8 * slot, phase ^ 1);
             turn++;
             const u32 bar = full + 8 * slot, to = base + slot * STAGE;
@@ -167,7 +180,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
           }
         }
       }
-    } else if (flags) {
+    } else if (flags && split == 0) {
       const int me = thread - CONSUMERS - 32;
       // One bit a column.
       for (int i = me; i < K / 16; i += GATHERERS) {
@@ -292,11 +305,19 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     int outliers = -1;
     for (int u = first_unit; u < units; u += stride_unit) {
       const Unit unit = unit_at(u);
-      const int begin = unit.split * share, steps = min(all_steps, begin + share) - begin;
-      int acc[ACC];
-      if (steps <= 0)
+      // Asked for now, needed after the products.
+      const int m0 = unit.token0 + local0, m1 = m0 + 8;
+      const float scale0 = m0 < M ? rows[m0] * STEP : 0.f, scale1 = m1 < M ? rows[m1] * STEP : 0.f;
+      float column_scale[2], column_bias[2];
+      if (SPLIT == 1) {
 #pragma unroll
-        for (int i = 0; i < ACC; i++) acc[i] = 0;
+        for (int h = 0; h < 2; h++) {
+          const int n = min(unit.row0 + min((thread & 127) + 128 * h, BN - 1), N - 1);
+          column_scale[h] = absmax[n] * STEP;
+          column_bias[h] = bias ? from_half(bias[n]) : 0.f;
+        }
+      }
+      int acc[ACC];
       int before = -1;
       for (int step = 0; step < steps; step++) {
         barrier_wait(full + 8 * slot, phase);
@@ -328,39 +349,12 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         else barrier_arrive(empty + 8 * before);
       }
 
-      bool last = true;
-      if (splits > 1) {
-        const int tile = u / splits * CLUSTER + rank;
-        int* const own = parts + ((size_t)tile * splits + unit.split) * (ACC * CONSUMERS) + thread;
-#pragma unroll
-        for (int i = 0; i < ACC; i++) __stcg(own + i * CONSUMERS, acc[i]);
-        __threadfence();
-        sync_some<2, CONSUMERS>();
-        if (thread == 0) {
-          const u32 order = atomicAdd(arrived + tile, 1u);
-          asm volatile("st.shared.u32 [%0], %1;" ::"r"(note + 4), "r"(order) : "memory");
-        }
-        sync_some<2, CONSUMERS>();
-        last = load_shared(note + 4) == splits - 1;
-        if (last) {
-          __threadfence();
-          for (int s = 0; s < splits; s++) {
-            if (s == unit.split) continue;
-            const int* const other = parts + ((size_t)tile * splits + s) * (ACC * CONSUMERS) + thread;
-#pragma unroll
-            for (int i = 0; i < ACC; i++) acc[i] += __ldcg(other + i * CONSUMERS);
-          }
-        }
-      }
-
-      const int m0 = unit.token0 + local0, m1 = m0 + 8;
-      const float scale0 = m0 < M ? rows[m0] * STEP : 0.f, scale1 = m1 < M ? rows[m1] * STEP : 0.f;
       // In place: the registers of the int32 sums become those of the fp32 ones.
 #pragma unroll
       for (int i = 0; i < ACC; i++)
         asm volatile("{\n .reg .f32 v;\n cvt.rn.f32.s32 v, %0;\n mul.rn.f32 v, v, %1;\n mov.b32 %0, v;\n}" : "+r"(acc[i]) : "f"(i & 2 ? scale1 : scale0));
 
-      if (flags) {
+      if (flags && split == 0) {
         if (outliers < 0) {
           barrier_wait(counted, 0);
           outliers = load_shared(note);
@@ -368,36 +362,55 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         for (int begin_c = 0; begin_c < outliers; begin_c += OC) {
           barrier_wait(rest_full, turn & 1);
           turn++;
-          {
-            // No swizzle: 8 rows of 16 bytes are 128 bytes, the next 8 columns are a whole operand further.
-            const u32 a = base + REST_OFFSET + wg * 1024, w = base + SUB_OFFSET;
-            const u64 da = (u64)((a & 0x3ffff) >> 4) | (u64)(BM) << 16 | (u64)8 << 32;
-            const u64 dw = (u64)((w & 0x3ffff) >> 4) | (u64)(BN) << 16 | (u64)8 << 32;
+          // No swizzle: 8 rows of 16 bytes are 128 bytes, the next 8 columns are a whole operand further.
+          const u32 a = base + REST_OFFSET + wg * 1024, w = base + SUB_OFFSET;
+          const u64 da = (u64)((a & 0x3ffff) >> 4) | (u64)(BM) << 16 | (u64)8 << 32;
+          const u64 dw = (u64)((w & 0x3ffff) >> 4) | (u64)(BN) << 16 | (u64)8 << 32;
 #pragma unroll
-            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-            wgmma_half(acc, da, dw);
-            asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+          for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+          wgmma_half(acc, da, dw);
+          asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-          }
+          for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
           if ((thread & 127) == 0) barrier_arrive(rest_empty);
         }
       }
-      if (!last) continue;
+      if (SPLIT > 1) {  // the part goes where the stages were, once no warpgroup reads those
+        sync_some<2, CONSUMERS>();
+#pragma unroll
+        for (int i = 0; i < ACC; i += 2) {
+          const int row = local0 + (i & 2) * 4, column = (i >> 2) * 8 + 2 * t;
+          asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(base + (row * PART_PITCH + column) * 4), "r"(steps > 0 ? acc[i] : 0), "r"(steps > 0 ? acc[i + 1] : 0) : "memory");
+        }
+        break;
+      }
+
+      const u32 table = base + SCALE_OFFSET + wg * (2 * BN * 4);
+      if (wg == 0) sync_some<3, 128>();  // every warp has read the last tile's
+      else sync_some<4, 128>();
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        if ((thread & 127) + 128 * h < BN) {
+          const u32 at = table + ((thread & 127) + 128 * h) * 4;
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(column_scale[h]) : "memory");
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + BN * 4), "f"(column_bias[h]) : "memory");
+        }
+      if (wg == 0) sync_some<3, 128>();
+      else sync_some<4, 128>();
 
       // 32 columns at a time through the warp's own buffer, so that rows leave in pieces of 64 bytes.
       const u32 buffer = base + STORE_OFFSET + warp * 16 * PITCH;
       const bool even = (N & 7) == 0;
 #pragma unroll
       for (int pass = 0; pass < BN / 32; pass++) {
-        if (unit.row0 + pass * 32 >= N) break;
 #pragma unroll
         for (int b = 0; b < 4; b++) {
-          const int i = (pass * 4 + b) * 4, n = unit.row0 + pass * 32 + b * 8 + 2 * t;
-          const int n0 = min(n, N - 1), n1 = min(n + 1, N - 1);
-          const float c0 = absmax[n0] * STEP, c1 = absmax[n1] * STEP;
-          const float b0 = bias ? from_half(bias[n0]) : 0.f, b1 = bias ? from_half(bias[n1]) : 0.f;
+          const int i = (pass * 4 + b) * 4;
+          const u32 at = table + (pass * 32 + b * 8 + 2 * t) * 4;
+          float c0, c1, b0, b1;
+          asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(c0), "=f"(c1) : "r"(at));
+          asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1) : "r"(at + BN * 4));
           const u32 low = pack(__fadd_rn(__int_as_float(acc[i]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 1]) * c1, b1));
           const u32 high = pack(__fadd_rn(__int_as_float(acc[i + 2]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 3]) * c1, b1));
           asm volatile("st.shared.u32 [%0], %1;" ::"r"(buffer + g * PITCH + b * 16 + t * 4), "r"(low) : "memory");
@@ -428,4 +441,35 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
   }
   __syncwarp();
   if (CLUSTER > 1) cluster_sync();  // nobody leaves while the other block may still arrive at its barriers
+  if (SPLIT > 1) {
+    cluster_sync();
+    const Unit unit = unit_at(first_unit);
+    constexpr int HEIGHT = BM / SPLIT, PIECES = BN / 4;
+    for (int item = thread; item < HEIGHT * PIECES; item += THREADS) {
+      const int row = split * HEIGHT + item / PIECES, m = unit.token0 + row, n = unit.row0 + item % PIECES * 4;
+      if (m >= M || n >= N) continue;
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int r = 0; r < SPLIT; r++) {
+        const float4 v = load_remote(base + (row * PART_PITCH + item % PIECES * 4) * 4, r);
+        sum[0] += v.x; sum[1] += v.y; sum[2] += v.z; sum[3] += v.w;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int at = min(n + i, N - 1);
+        sum[i] = __fadd_rn(sum[i] * (absmax[at] * STEP), bias ? from_half(bias[at]) : 0.f);
+      }
+      const u32 low = pack(sum[0], sum[1]), high = pack(sum[2], sum[3]);
+      u16* const to = out + (size_t)m * N + n;
+      if ((N & 3) == 0) {
+        *(uint2*)to = make_uint2(low, high);
+      } else {
+        to[0] = (u16)low;
+        if (n + 1 < N) to[1] = (u16)(low >> 16);
+        if (n + 2 < N) to[2] = (u16)high;
+        if (n + 3 < N) to[3] = (u16)(high >> 16);
+      }
+    }
+    cluster_sync();  // nobody leaves while its part is read
+  }
 }

@@ -1,4 +1,4 @@
-"""Launcher of `llm_int8.cu`: LLM.int8() at many tokens on Hopper GPUs, two launches and a fill, no look from the host."""
+"""Launchers of `quantize_rows.cu` and `llm_int8.cu`: LLM.int8() at many tokens on Hopper GPUs, all on the device."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ MAX_K = 32768  # columns that the kernel's bit mask has room for
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of the kernel, named as in its source: out features a tile, pipeline stages, blocks a cluster; and into
-    how many parts K is split, and the height of a group of tiles."""
+    """Settings of the kernel, named as in its source: out features a tile, pipeline stages, blocks that share weights,
+    blocks that split K; and the height of a group of tiles."""
 
     bn: int
     stages: int = 4
     cluster: int = 1
-    splits: int = 1
+    split: int = 1
     group: int = 8
 
     @property
     def shared_bytes(self) -> int:
         stages = self.stages * (_BM + self.bn) * _BK
         outliers = (_BM + self.bn) * 16 * 2
-        return 1024 + stages + outliers + 8 * 16 * 80 + 512 * 2 + 4096 + 16 * self.stages + 64
+        return 1024 + stages + outliers + 8 * 16 * 80 + 512 * 2 + 16 * self.bn + 4096 + 16 * self.stages + 64
 
     def valid(self) -> bool:
         """Whether the kernel compiles with these and fits a multiprocessor."""
-        return self.bn % 32 == 0 and 32 <= self.bn <= 256 and self.shared_bytes <= _SHARED_LIMIT
+        clusters = (self.cluster, self.split) in ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8))
+        part = self.split == 1 or _BM * (self.bn + 8) * 4 <= self.stages * (_BM + self.bn) * _BK
+        sizes = self.bn % 32 == 0 and 32 <= self.bn <= 256 and self.shared_bytes <= _SHARED_LIMIT
+        return clusters and part and sizes
 
     def tiles(self, m: int, n: int) -> int:
         """Tiles of an output `[M, N]`, those that fill up a cluster included."""
@@ -49,20 +52,17 @@ class Config:
 def choose_config(m: int, n: int, k: int, processors: int) -> Config:
     """The settings with the least work on the busiest multiprocessor.
 
-    A step of a tile takes as long as its products, `bn`, but never less than its loads; a tile costs about two steps
-    more for its epilogue, and parts of K have to be added up. Sharing weights in a cluster pays where many tiles are
-    at work for long (measured on one H200)."""
+    A step of a tile takes as long as its products, `bn`, but never less than its shared memory needs; a tile costs
+    about four steps more for its epilogue, and eight where parts of K meet. Sharing weights in a cluster pays where
+    many tiles are at work for long (measured on one H200)."""
     cluster = 2 if m >= 2048 else 1
     steps = -(-k // _BK)
     best, least = Config(128), float("inf")
     for bn in (256, 224, 192, 128):
-        for splits in (1, 2, 3, 4, 6, 8):
-            if splits > 1 and steps // splits < 8:
-                continue
-            config = Config(bn, 4, cluster, splits)
-            waves = -(-config.tiles(m, n) * splits // (processors // cluster * cluster))
-            adding = 10 * bn * splits if splits > 1 else 0
-            cost = waves * (-(-steps // splits) * max(bn, 144) + 2 * bn + adding)
+        for split in (1, 2, 4) if cluster == 1 else (1,):
+            config = Config(bn, 4, cluster, split)
+            waves = -(-config.tiles(m, n) * split // (processors // cluster * cluster))
+            cost = waves * (-(-steps // split) * max(bn, 170) + (4 if split == 1 else 8) * bn)
             if cost < least:
                 best, least = config, cost
     return best
@@ -102,23 +102,20 @@ class _Arguments(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p),
-        ("arrived", ctypes.c_void_p),
         ("m", ctypes.c_int),
         ("n", ctypes.c_int),
         ("k", ctypes.c_int),
         ("stride_x", ctypes.c_int),
         ("stride_codes", ctypes.c_int),
-        ("splits", ctypes.c_int),
         ("group", ctypes.c_int),
     ]
 
 
 @functools.cache
-def _load(device: int, bn: int, stages: int, cluster: int, fp16: bool) -> compiler.Launcher:
-    macros = {"FP16": int(fp16), "BN": bn, "STAGES": stages, "CLUSTER": cluster}
+def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
+    bn, shared = config.bn, config.shared_bytes
+    macros = {"FP16": int(fp16), "BN": bn, "STAGES": config.stages, "CLUSTER": config.cluster, "SPLIT": config.split}
     code = compiler.cubin("llm_int8", "sm_90a", macros, {"wgmma.h": wgmma_header(bn, fp16)})
-    shared = Config(bn, stages, cluster).shared_bytes
     return compiler.Launcher(compiler.load(code, "llm_int8", shared), _Arguments, _THREADS, shared)
 
 
@@ -145,7 +142,7 @@ def _load_rows(device: int, vectors: int, threads: int, fp16: bool) -> compiler.
 
 @functools.lru_cache(maxsize=256)
 def outlier_limit(threshold: float, dtype: torch.dtype) -> int:
-    """Bits of the least magnitude of a 16-bit dtype that is at least `threshold` in fp32; 0xffff where there is none."""
+    """Bits of the least magnitude of a 16-bit dtype that is at least `threshold`; 0xffff: nothing is an outlier."""
     wanted = torch.tensor(threshold, dtype=torch.float32)
     bits = int(wanted.to(dtype).view(torch.int16))
     while bits < 0x7FFF and not torch.tensor(bits, dtype=torch.int16).view(dtype).float() >= wanted:
@@ -188,22 +185,14 @@ def llm_int8(
     if inner.stride(1) != 1 or (m > 1 and (inner.stride(0) % 8 or inner.stride(0) < k)):
         inner = inner.contiguous()
     config = config or choose_config(m, n, k, _processors(device))
-    tiles = config.tiles(m, n)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     rows = torch.empty(m, dtype=torch.float32, device=x.device)
-    # Flags of columns, then a counter for each tile whose parts have to meet: what has to start at zero.
-    flag_bytes = k if threshold > 0 else 0
-    zeros = flags = parts = None
-    if flag_bytes or config.splits > 1:
-        zeros = torch.zeros(flag_bytes + 4 * tiles * (config.splits > 1), dtype=torch.uint8, device=x.device)
-        flags = zeros[:k] if flag_bytes else None
-    if config.splits > 1:
-        parts = torch.empty(tiles * config.splits * _BM * config.bn, dtype=torch.int32, device=x.device)
+    flags = torch.zeros(k, dtype=torch.uint8, device=x.device) if threshold > 0 else None
     stream = torch.cuda.current_stream(device).cuda_stream
     quantize_rows(inner, codes, rows, flags, threshold, stream)
 
-    launcher = _load(device, config.bn, config.stages, config.cluster, x.dtype == torch.float16)
+    launcher = _load(device, config, x.dtype == torch.float16)
     map_a = _encode_cached(codes.data_ptr(), _UINT8, k, m, k, (_BK, _BM), 3)
     map_w = _encode_cached(weight.data_ptr(), _UINT8, k, n, k, (_BK, config.bn // config.cluster), 3)
     with launcher.lock:
@@ -214,11 +203,12 @@ def llm_int8(
         values.bias = None if bias is None else bias.data_ptr()
         values.flags = None if flags is None else flags.data_ptr()
         values.out = out.data_ptr()
-        values.parts = None if parts is None else parts.data_ptr()
-        values.arrived = None if parts is None or zeros is None else zeros.data_ptr() + flag_bytes
         values.m, values.n, values.k = m, n, k
         values.stride_x, values.stride_codes = inner.stride(0), k
-        values.splits, values.group = config.splits, config.group
-        blocks = min(_processors(device) // config.cluster * config.cluster, tiles * config.splits)
+        values.group = config.group
+        # Blocks walk over tiles, but for those that split K: these have one each.
+        blocks = config.tiles(m, n) * config.split
+        if config.split == 1:
+            blocks = min(_processors(device) // config.cluster * config.cluster, blocks)
         launcher.start((blocks, 1, 1), stream)
     return out

@@ -135,6 +135,8 @@ def linear_8bit(
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     tile = tile or tiles.choose("linear_8bit", x, m, n, k)
     absmax, weight = as_float(absmax), weight.contiguous()
+    # fp32 products run on the FMA units, unrolled: long steps would only take long to compile.
+    bk = min(tile.bk, 32) if x.dtype == torch.float32 and tile.bm > 1 else tile.bk
     some = out if bias is None else bias
     if m == 1 and tile.bm == 1:
         with on_device(x):
@@ -154,7 +156,7 @@ def linear_8bit(
                 num_warps=tile.warps,
             )
         return out
-    steps = triton.cdiv(k, tile.bk)
+    steps = triton.cdiv(k, bk)
     steps_a_split = triton.cdiv(steps, max(1, min(tile.split, steps)))
     split = triton.cdiv(steps, steps_a_split)
     parts = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
@@ -173,10 +175,10 @@ def linear_8bit(
             steps_a_split,
             BIAS=bias is not None,
             LEFT=tile.left,
-            WHOLE=k % tile.bk == 0,
+            WHOLE=k % bk == 0,
             BM=bm,
             BN=tile.bn,
-            BK=tile.bk,
+            BK=bk,
             SPLIT=split,
             num_warps=tile.warps,
             num_stages=tile.stages,

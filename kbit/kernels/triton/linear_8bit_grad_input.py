@@ -66,7 +66,7 @@ def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor, tile: t
             k,
             rows.stride(0),
             BM=tile.bm,
-            BN=tile.bn,
+            BN=min(tile.bn, 32) if grad.dtype == torch.float32 else tile.bn,
             BK=tile.bk,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -49,6 +49,15 @@ def test_bytes_equal_the_oracles(shape, dtype, device):
         assert torch.equal(out.cpu(), blocks.dequantize_int8(codes, absmax, dtype))
 
 
+def test_codes_where_a_reciprocal_decides(device):
+    """127 / absmax in one rounding gives other codes than torch's reciprocal times 127: some of these would differ."""
+    x = torch.randn(64, 2048).clamp(-4, 4).half()
+    codes, absmax = blocks.quantize_int8(x)
+    once = (x.float() * (torch.tensor(127.0) / absmax[:, None])).round().to(torch.int8)
+    assert not torch.equal(codes, once)
+    assert torch.equal(quantize_int8(x.to(device))[0].cpu(), codes)
+
+
 def test_strides_float64_empty_and_nan(device):
     x = torch.randn(6, 40, 3)[:, ::2].transpose(0, 2)
     for y in (x, x.double()):

@@ -16,7 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _mend_interpreter() -> None:
     """Triton's interpreter cuts fp32 off to bf16 where every device rounds to nearest even, misreads subnormal bf16,
-    converts integers to the bits of bf16, and its dot takes the bits of bf16 operands for integers. Each would fail kernels that are right."""
+    converts integers to the bits of bf16, and its dot takes the bits of bf16 operands for integers. Each would fail
+    kernels that are right."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
