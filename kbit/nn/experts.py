@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit import ops
-from kbit.formats.spec import NESTED_BLOCK_SIZE, Format
+from kbit.formats.spec import Format
 from kbit.nn.base import QuantizedModule
 from kbit.nn.select import is_llama4_experts
 
@@ -24,7 +24,8 @@ class ExpertWeight(QuantizedModule):
     """One projection of E experts. Parameters as in Linear4bit or Linear8bit, with a leading dimension of E.
 
     format: nf4, fp4 or int8. transposed: the model stores `[E, K, N]` (gpt-oss); blocks run along K either way.
-    outlier_threshold: int8 only, as in Linear8bit. compute_dtype, dtype: as in Linear4bit.
+    outlier_threshold: what the model was quantized with. It has no effect here: an expert sees few tokens, so int8
+    experts read their weights in 8 bits and never quantize activations. compute_dtype, dtype: as in Linear4bit.
     """
 
     def __init__(
@@ -47,17 +48,18 @@ class ExpertWeight(QuantizedModule):
         self.original_class = nn.Parameter  # type: ignore[assignment]
         self._init_weight(format, (experts, out_features, in_features), device, dtype)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
-        """x: `[S, K]`, rows sorted by expert; counts: rows of each expert; bias: `[E, N]` -> `[S, N]`."""
+    def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: `[S, K]`, rows sorted by expert; offsets: int32 `[E]`, where each expert's rows end; bias: `[E, N]` ->
+        `[S, N]` in x's dtype; rows beyond the last expert's give 0."""
+        fmt = self.weight_format
         inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        experts, n, _ = self.weight_shape
-        pieces = inner.split(counts[:experts])
-        out = [
-            self._product(piece, expert, None if bias is None else bias[expert])
-            for expert, piece in enumerate(pieces)
-            if piece.shape[0]
-        ]
-        return torch.cat(out).to(x.dtype) if out else x.new_zeros((0, n))
+        if fmt.name == "int8":
+            out = ops.experts_8bit(inner, offsets, self.weight, self.absmax, bias)
+        else:
+            scales = (self.absmax, self.nested_absmax, self.nested_offset)
+            n = self.weight_shape[1]
+            out = ops.experts_4bit(inner, offsets, self.weight, *scales, bias, fmt.name, fmt.block_size, n)
+        return out if self.compute_dtype is None else out.to(x.dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -71,39 +73,10 @@ class ExpertWeight(QuantizedModule):
         if func is torch.bmm and len(args) == 2 and isinstance(args[1], cls) and args[1].transposed:
             x, weight = args
             experts, rows, k = x.shape
-            out: Tensor = weight(x.reshape(-1, k), [rows] * experts)
+            offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * rows
+            out: Tensor = weight(x.reshape(-1, k), offsets)
             return out.view(experts, rows, -1)
         return NotImplemented
-
-    def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
-        """`x [M, K] @ W[expert] [N, K]^T + bias`."""
-        fmt = self.weight_format
-        _, n, k = self.weight_shape
-        if fmt.name == "int8":
-            return ops.linear_8bit(x, self.weight[expert], self.absmax[expert], bias, self.outlier_threshold)
-        if n * k % fmt.block_size:
-            # Blocks cross from one expert into the next: decode all of them.
-            return nn.functional.linear(x, self.dequantize(x.dtype)[expert], bias)
-        # The codes and scales of one expert are a contiguous piece of the flat order, in either layout.
-        blocks = n * k // fmt.block_size
-        codes = self.weight.reshape(-1)[expert * n * k // 2 : (expert + 1) * n * k // 2]
-        first = expert * blocks
-        absmax = self.absmax.reshape(-1)[first : first + blocks]
-        if self.nested_absmax is not None and self.nested_offset is not None:
-            # The nested scales count blocks from the first expert on, so they are decoded before the piece is cut.
-            absmax = self._decoded_scales(absmax, first)
-        return ops.linear_4bit(x, codes, absmax, None, None, bias, fmt.name, fmt.block_size, n)
-
-    def _decoded_scales(self, codes: Tensor, first: int) -> Tensor:
-        """fp32 scales of the blocks `first` and on from their double-quantized `codes`."""
-        assert self.nested_absmax is not None and self.nested_offset is not None
-        begin = first // NESTED_BLOCK_SIZE
-        skip = first - begin * NESTED_BLOCK_SIZE
-        # Whole nested blocks: what stands before the piece in its first one is decoded too, and dropped.
-        padded = torch.cat([codes.new_zeros(skip), codes])
-        nested = self.nested_absmax[begin : begin + -(-padded.numel() // NESTED_BLOCK_SIZE)]
-        decoded: Tensor = torch.ops.kbit.dequantize_absmax(padded, nested, self.nested_offset)
-        return decoded[skip:]
 
     def restored(self, dtype: torch.dtype | None = None) -> Tensor:
         """The floating point weight as the model stores it: `[E, N, K]`, or `[E, K, N]` where transposed."""
@@ -118,28 +91,29 @@ class ExpertWeight(QuantizedModule):
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of a fused experts module whose projections are `ExpertWeight`s.
 
+    Nothing here waits for the device: the routing stays there, so that a decoding step captures in a CUDA graph.
     hidden_states: `[T, H]`. top_k_index, top_k_weights: `[T, k]`, the experts of each token and their weights; an index
     beyond the last expert (expert parallelism) contributes nothing. Returns `[T, H]` in hidden_states' dtype.
     """
     tokens, k = top_k_index.shape
-    chosen = top_k_index.reshape(-1)
-    order = chosen.argsort(stable=True)
     first = self.gate_up_proj if self.has_gate else self.up_proj
-    experts = first.weight_shape[0]
-    # One look at the routing a layer: how many rows each expert has decides the shapes of its products.
-    counts = torch.bincount(chosen, minlength=experts)[:experts].tolist()
-    order = order[: sum(counts)]
+    expert_of_row, order = top_k_index.reshape(-1).sort(stable=True)
+    numbers = torch.arange(first.weight_shape[0], device=order.device, dtype=expert_of_row.dtype)
+    offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
     x = hidden_states[order // k]
 
     name = "gate_up_proj" if self.has_gate else "up_proj"
-    inner = first(x, counts, getattr(self, f"{name}_bias") if self.has_bias else None)
+    inner = first(x, offsets, getattr(self, f"{name}_bias") if self.has_bias else None)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-    out = self.down_proj(inner, counts, self.down_proj_bias if self.has_bias else None)
+    out = self.down_proj(inner, offsets, self.down_proj_bias if self.has_bias else None)
     if getattr(self, "has_post_expert_norm", False):
         out = self.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    total = out.new_zeros((tokens, out.shape[-1]), dtype=torch.float32)
-    return total.index_add(0, order // k, out.float()).to(hidden_states.dtype)
+    # Back to the order of tokens, then one sum over a token's experts: unlike adding rows up by index, which is atomic
+    # on a GPU, it repeats bit for bit.
+    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
+    wide = torch.promote_types(out.dtype, torch.float32)
+    out = out[row_of].view(tokens, k, -1).to(wide) * top_k_weights.to(wide).unsqueeze(-1)
+    return out.sum(dim=1).to(hidden_states.dtype)
 
 
 def expert_shape(module: nn.Module, name: str) -> tuple[int, int, int]:

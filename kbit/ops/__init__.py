@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from kbit.ops import reference, triton  # noqa: F401  (define and implement the operators; no Triton import yet)
-from kbit.ops.autograd import Linear4bitFunction, Linear8bitFunction, SwitchBackFunction
+from kbit.ops.autograd import (
+    Experts4bitFunction,
+    Experts8bitFunction,
+    Linear4bitFunction,
+    Linear8bitFunction,
+    SwitchBackFunction,
+)
 from kbit.ops.backends import Backend, backends
 from kbit.ops.quantize import dequantize, quantize
 
@@ -20,6 +26,8 @@ __all__ = [
     "dequantize",
     "embedding_4bit",
     "embedding_8bit",
+    "experts_4bit",
+    "experts_8bit",
     "linear_4bit",
     "linear_8bit",
     "quantize",
@@ -103,6 +111,38 @@ def switchback_linear(
         bias = None if bias is None else bias.to(x.dtype)
         return torch.ops.kbit.linear_8bit(x, *parts, bias, outlier_threshold, int8_activations)
     return SwitchBackFunction.apply(x, weight, bias, *parts, outlier_threshold, int8_activations, int8_gradient)
+
+
+def experts_4bit(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    codebook: str,
+    block_size: int,
+    n: int,
+) -> Tensor:
+    """Row s of `x [S, K]` times `W[e] [N, K]^T + bias[e]` of its expert e, with `W [E, N, K]` in 4 bits: `[S, N]`.
+
+    Rows are sorted by expert. offsets: int32 `[E]` on x's device, where the rows of each expert end; rows beyond the
+    last give 0. bias: `[E, N]`. The other arguments, result, gradients and errors as in `linear_4bit`.
+    """
+    x, bias, grad = _prepare(x, bias)
+    call = Experts4bitFunction.apply if grad else torch.ops.kbit.experts_4bit
+    return call(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+
+
+def experts_8bit(x: Tensor, offsets: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    """As `experts_4bit`, with W in int8 `[E, N, K]` and one scale a row, absmax `[E, N]`.
+
+    The activations are never quantized: an expert sees few tokens, and its product is bound by the weight's bytes.
+    """
+    x, bias, grad = _prepare(x, bias)
+    call = Experts8bitFunction.apply if grad else torch.ops.kbit.experts_8bit
+    return call(x, offsets, weight, absmax, bias)
 
 
 def embedding_4bit(

@@ -109,3 +109,71 @@ class _LinearGrad8bitFunction(torch.autograd.Function):
         weight, absmax = ctx.saved_tensors
         w = _ops.dequantize_int8(weight, absmax, grad.dtype)
         return torch.nn.functional.linear(grad, w), None, None
+
+
+def _expert_bias_grad(grad: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of `grad [S, N]` over each expert's rows, `[E, N]`: as a product, so that their order is fixed."""
+    row = torch.arange(grad.shape[0], device=grad.device)
+    begins = torch.nn.functional.pad(offsets[:-1], (1, 0))
+    member = (row >= begins[:, None]) & (row < offsets[:, None])  # [E, S]
+    return member.to(grad.dtype) @ grad
+
+
+class Experts4bitFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
+        ctx.save_for_backward(offsets, weight, absmax, nested_absmax, nested_offset)
+        ctx.codebook, ctx.block_size, ctx.k = codebook, block_size, x.shape[1]
+        scales = (absmax, nested_absmax, nested_offset)
+        return _ops.experts_4bit(x, offsets, weight, *scales, bias, codebook, block_size, n)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = _ExpertsGrad4bitFunction.apply(grad, *ctx.saved_tensors, ctx.codebook, ctx.block_size, ctx.k)
+        if ctx.needs_input_grad[6]:
+            bias_grad = _expert_bias_grad(grad, ctx.saved_tensors[0])
+        return x_grad, None, None, None, None, None, bias_grad, None, None, None
+
+
+class _ExpertsGrad4bitFunction(torch.autograd.Function):
+    """grad [S, N] -> grad W[e] [S, K]; differentiable again."""
+
+    @staticmethod
+    def forward(ctx, grad, offsets, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
+        ctx.save_for_backward(offsets, weight, absmax, nested_absmax, nested_offset)
+        ctx.codebook, ctx.block_size, ctx.n = codebook, block_size, grad.shape[1]
+        scales = (absmax, nested_absmax, nested_offset)
+        return _ops.experts_4bit_grad_input(grad, offsets, weight, *scales, codebook, block_size, k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = Experts4bitFunction.apply(grad, *ctx.saved_tensors, None, ctx.codebook, ctx.block_size, ctx.n)
+        return out, None, None, None, None, None, None, None, None
+
+
+class Experts8bitFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, offsets, weight, absmax, bias):
+        ctx.save_for_backward(offsets, weight, absmax)
+        return _ops.experts_8bit(x, offsets, weight, absmax, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_grad = _ExpertsGrad8bitFunction.apply(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        bias_grad = _expert_bias_grad(grad, ctx.saved_tensors[0]) if ctx.needs_input_grad[4] else None
+        return x_grad, None, None, None, bias_grad
+
+
+class _ExpertsGrad8bitFunction(torch.autograd.Function):
+    """grad [S, N] -> grad W[e] [S, K]; differentiable again."""
+
+    @staticmethod
+    def forward(ctx, grad, offsets, weight, absmax):
+        ctx.save_for_backward(offsets, weight, absmax)
+        return _ops.experts_8bit_grad_input(grad, offsets, weight, absmax)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Experts8bitFunction.apply(grad, *ctx.saved_tensors, None), None, None, None

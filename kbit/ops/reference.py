@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,6 +125,77 @@ def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tens
     return grad @ dequantize_int8(weight, absmax, grad.dtype)
 
 
+def _by_expert(x: Tensor, offsets: Tensor, columns: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """`product(rows of expert e, e)` for every expert that has rows, as `[S, columns]`; other rows are 0."""
+    out = x.new_zeros((x.shape[0], columns))
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):  # on a GPU this waits for the routing; its own kernels do not
+        if end > begin:
+            out[begin:end] = product(x[begin:end], expert)
+        begin = end
+    return out
+
+
+def expert_parts(
+    expert: int,
+    weights: int,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """(codes, fp32 scales) of one expert of `weights` elements, which have to be whole blocks, in flat order."""
+    blocks_each = weights // block_size
+    first = expert * blocks_each
+    codes = codes.reshape(-1)[expert * weights // 2 : (expert + 1) * weights // 2]
+    if nested_absmax is None or nested_offset is None:
+        return codes, as_float(absmax.reshape(-1)[first : first + blocks_each])
+    # Nested scales count blocks from the first expert on.
+    position = torch.arange(first, first + blocks_each, device=absmax.device)
+    return codes, _gathered_scales(position, absmax, nested_absmax, nested_offset)
+
+
+def _expert_decoder(offsets, n, k, codes, absmax, nested_absmax, nested_offset, codebook, block_size, dtype):
+    """A function that decodes the weight `[N, K]` of one expert."""
+    if n * k % block_size:  # blocks cross from one expert into the next: decode all of them
+        shape = (offsets.shape[0], n, k)
+        whole = dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype)
+        return whole.__getitem__
+
+    def decode(expert: int) -> Tensor:
+        part, scales = expert_parts(expert, n * k, codes, absmax, nested_absmax, nested_offset, block_size)
+        return blocks.dequantize_4bit(part, scales, codebook, block_size, (n, k), dtype)
+
+    return decode
+
+
+def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
+    scales = (absmax, nested_absmax, nested_offset)
+    decode = _expert_decoder(offsets, n, x.shape[1], weight, *scales, codebook, block_size, x.dtype)
+    return _by_expert(x, offsets, n, lambda rows, e: F.linear(rows, decode(e), None if bias is None else bias[e]))
+
+
+def experts_4bit_grad_input(grad, offsets, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
+    scales = (absmax, nested_absmax, nested_offset)
+    decode = _expert_decoder(offsets, grad.shape[1], k, weight, *scales, codebook, block_size, grad.dtype)
+    return _by_expert(grad, offsets, k, lambda rows, e: rows @ decode(e))
+
+
+def experts_8bit(x: Tensor, offsets: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    def product(rows: Tensor, e: int) -> Tensor:
+        return F.linear(rows, dequantize_int8(weight[e], absmax[e], x.dtype), None if bias is None else bias[e])
+
+    return _by_expert(x, offsets, weight.shape[1], product)
+
+
+def experts_8bit_grad_input(grad: Tensor, offsets: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    def product(rows: Tensor, e: int) -> Tensor:
+        return rows @ dequantize_int8(weight[e], absmax[e], grad.dtype)
+
+    return _by_expert(grad, offsets, weight.shape[2], product)
+
+
 def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):
     rows = ids.reshape(-1, 1).long()
     if absmax.dim() == 2:  # row layout: gather the rows, then decode as usual
@@ -172,6 +245,10 @@ IMPLEMENTATIONS = {
     "linear_4bit_grad_input": linear_4bit_grad_input,
     "linear_8bit": linear_8bit,
     "linear_8bit_grad_input": linear_8bit_grad_input,
+    "experts_4bit": experts_4bit,
+    "experts_4bit_grad_input": experts_4bit_grad_input,
+    "experts_8bit": experts_8bit,
+    "experts_8bit_grad_input": experts_8bit_grad_input,
     "embedding_4bit": embedding_4bit,
     "embedding_8bit": embedding_8bit,
 }

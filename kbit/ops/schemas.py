@@ -4,6 +4,9 @@ Conventions. Packed 4-bit codes are uint8 in flat order, whatever shape they are
 is fp32, or the bits of fp32 as int32 (how modules hold it, so that no cast can touch it), or, with `nested_absmax`
 and `nested_offset` given, the uint8 codes of double quantization. The nested tensors are fp32 or their bits too.
 `codebook` is "nf4" or "fp4". A weight stands for `W [N, K]`; `x` is `[..., K]`.
+
+Products over experts take the weights of all of them, `W [E, N, K]`, and rows `x [S, K]` that are sorted by expert:
+those of expert e end before row `offsets[e]` (int32 `[E]`, on x's device). Rows beyond the last expert's give 0.
 """
 
 from __future__ import annotations
@@ -33,6 +36,12 @@ SCHEMAS = {
     "linear_8bit": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float outlier_threshold,"
     " bool? int8_activations=None) -> Tensor",
     "linear_8bit_grad_input": "(Tensor grad, Tensor weight, Tensor absmax) -> Tensor",
+    "experts_4bit": f"(Tensor x, Tensor offsets, Tensor weight, {_SCALES}, Tensor? bias, str codebook, int block_size,"
+    " SymInt n) -> Tensor",
+    "experts_4bit_grad_input": f"(Tensor grad, Tensor offsets, Tensor weight, {_SCALES}, str codebook, int block_size,"
+    " SymInt k) -> Tensor",
+    "experts_8bit": "(Tensor x, Tensor offsets, Tensor weight, Tensor absmax, Tensor? bias) -> Tensor",
+    "experts_8bit_grad_input": "(Tensor grad, Tensor offsets, Tensor weight, Tensor absmax) -> Tensor",
     "embedding_4bit": f"(Tensor ids, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt dim,"
     " ScalarType dtype) -> Tensor",
     "embedding_8bit": "(Tensor ids, Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
@@ -119,6 +128,42 @@ def linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations=Non
 @_fake
 def linear_8bit_grad_input(grad, weight, absmax):
     return grad.new_empty((*grad.shape[:-1], weight.shape[-1]))
+
+
+def _check_experts(x: Tensor, offsets: Tensor) -> None:
+    torch._check(x.dim() == 2, lambda: f"a product over experts takes rows [S, features], got shape {list(x.shape)}")
+    torch._check(
+        offsets.dim() == 1 and offsets.dtype == torch.int32,
+        lambda: f"offsets must be int32 [E], got {offsets.dtype} {list(offsets.shape)}",
+    )
+
+
+@_fake
+def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
+    _check_experts(x, offsets)
+    _check_weight(weight, offsets.shape[0] * n, x.shape[1])
+    return x.new_empty((x.shape[0], n))
+
+
+@_fake
+def experts_4bit_grad_input(grad, offsets, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
+    _check_experts(grad, offsets)
+    _check_weight(weight, offsets.shape[0] * grad.shape[1], k)
+    return grad.new_empty((grad.shape[0], k))
+
+
+@_fake
+def experts_8bit(x, offsets, weight, absmax, bias):
+    _check_experts(x, offsets)
+    k = weight.shape[-1]
+    torch._check(x.shape[1] == k, lambda: f"x has {x.shape[1]} features, the weights {k}")
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@_fake
+def experts_8bit_grad_input(grad, offsets, weight, absmax):
+    _check_experts(grad, offsets)
+    return grad.new_empty((grad.shape[0], weight.shape[-1]))
 
 
 @_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -95,6 +96,20 @@ def test_linear_8bit_strided():
     parts, _ = weight_8bit(7, 33)
     check("linear_8bit", torch.randn(33, 20).t(), *parts, None, 6.0)
     check("linear_8bit", torch.randn(20, 2, 33).transpose(0, 1), *parts, None, 6.0)
+
+
+@pytest.mark.parametrize("ends", [(1, 1, 4), (0, 0, 0), (5, 5, 5)])
+def test_experts(ends):
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    for (n, k), label in itertools.product([(8, 64), (7, 33)], ["nf4", "fp4-plain"]):
+        parts, _ = weight_4bit(3 * n, k, label)
+        for dtype, bias in zip(DTYPES, (None, torch.randn(3, n).half(), None), strict=True):
+            check("experts_4bit", torch.randn(5, k).to(dtype), offsets, *parts, bias, label[:3], 64, n)
+        check("experts_4bit_grad_input", torch.randn(5, n), offsets, *parts, label[:3], 64, k)
+    parts, _ = weight_8bit(21, 33)
+    codes, absmax = parts[0].view(3, 7, 33), parts[1].view(3, 7)
+    check("experts_8bit", torch.randn(33, 5).t(), offsets, codes, absmax, torch.randn(3, 7))
+    check("experts_8bit_grad_input", torch.randn(5, 7).bfloat16(), offsets, codes, absmax)
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([0, 3, 3]), torch.tensor(2), torch.zeros(2, 0, dtype=torch.long)])
