@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbit.ops import reference, triton  # noqa: F401  (define and implement the operators; no Triton import yet)
+from kbit.ops import cpu, reference, triton  # noqa: F401  (define and implement the operators; no Triton import yet)
 from kbit.ops.autograd import (
     Experts4bitFunction,
     Experts8bitFunction,

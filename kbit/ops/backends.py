@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 
 import torch
 
@@ -20,7 +18,7 @@ class Backend:
 
 def backends() -> list[Backend]:
     """Every backend, in the order in which operators prefer them; the last one always works."""
-    return [_cuda(), _triton(), *_cpu(), Backend("reference", True, "plain torch; serves every device")]
+    return [_cuda(), _triton(), _cpu(), Backend("reference", True, "plain torch; serves every device")]
 
 
 def _has_gpu() -> bool:
@@ -43,10 +41,13 @@ def _cuda() -> Backend:
     return Backend("cuda", reason is None, reason or "products on Hopper GPUs, compiled at first use")
 
 
-def _cpu() -> list[Backend]:
-    """The C++ kernels for CPUs speak for themselves, where they are part of this build."""
-    if importlib.util.find_spec("kbit.ops.cpu") is None:
-        return []
-    module = importlib.import_module("kbit.ops.cpu")
-    reason = module.why_not()
-    return [Backend("cpu", reason is None, reason or "C++ kernels for this CPU")]
+def _cpu() -> Backend:
+    from kbit.kernels.cpu import library
+    from kbit.ops import cpu
+
+    reason = cpu.why_not()
+    if reason is not None:
+        return Backend("native", False, f"{reason}; plain torch serves, slower")
+    found = library.library()
+    made = "shipped" if found.path.parent == library.build.FOLDER else "compiled on this machine"
+    return Backend("native", True, f"C++ kernels for CPUs, instruction set {found.level}, {made}")

@@ -1,1 +1,1 @@
-"""C++ kernels for the CPU, compiled at first use; see compile.py."""
+"""C++ kernels for the CPU behind a plain C interface: `build` compiles them, `library` finds and loads them."""

@@ -2,22 +2,15 @@
 // compiled without contraction and with std::fma where torch fuses, so results equal the plain torch path to the bit.
 //
 // Work is cut into chunks of 256 elements, which is also the block of 8-bit states: a chunk is decoded into small
-// arrays that stay in the L1 cache, advanced with vector instructions, and encoded again. Threads take contiguous
-// ranges of the chunks of all tensors. Plain C interface, no dependency but the C++ library.
+// arrays that stay in the L1 cache, advanced with vector instructions, and encoded again. Threads take ranges of the
+// chunks of all tensors.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
-
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 namespace {
 
 constexpr int CHUNK = 256;
+constexpr int64_t GRAIN = 256;  // chunks that a thread takes at once
 constexpr int COLUMNS = 16;   // int64 columns of a table row, see struct Row
 constexpr int SCALARS = 16;   // floats of a scalars row, see kbit.optim.rules.Scalars
 constexpr float SMALLEST = 1.17549435e-38f;
@@ -25,7 +18,6 @@ constexpr float SMALLEST = 1.17549435e-38f;
 enum Algorithm { ADAM, ADEMAMIX, LION, SGD, RMSPROP, ADAGRAD };
 enum Norm { NO_NORM, CAP, LAMB_TRUST, LARS_TRUST };
 enum Flag { NESTEROV = 1, MOMENTUM = 2, CENTERED = 4 };
-enum Dtype { F32, BF16, F16 };
 
 struct Scalars {
     float rate, shrink, l2, dir_decay, b1, c1, b2, c2, b3, c3, inv_bias1, inv_sqrt_bias2, eps, alpha, max_unorm, step;
@@ -57,54 +49,11 @@ struct Settings {
     Map maps[2];                          // unsigned, signed
 };
 
-inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
-inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
-
-inline float from_bf16(uint16_t h) { return float_of(uint32_t(h) << 16); }
-inline uint16_t to_bf16(float x) {
-    uint32_t u = bits_of(x);
-    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+inline void load(float* out, int64_t base, int64_t begin, int n, int dtype) {
+    load_floats(out, reinterpret_cast<const void*>(base), begin, n, dtype);
 }
-
-#if defined(__F16C__)
-inline float from_f16(uint16_t h) { return _cvtsh_ss(h); }
-inline uint16_t to_f16(float x) { return _cvtss_sh(x, 0); }
-#else
-inline float from_f16(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-    if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-    // Scaling by 2^112 rebiases the exponent and makes subnormals right.
-    return float_of(sign | bits_of(float_of(rest << 13) * 5.192296858534828e33f));
-}
-inline uint16_t to_f16(float x) {
-    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
-    if (a > 0x7f800000) return uint16_t(sign | 0x7e00);
-    if (a >= 0x47800000) return uint16_t(sign | 0x7c00);
-    if (a < 0x38800000)  // subnormal: let the float adder round at the right place
-        return uint16_t(sign | (bits_of(float_of(a) + 0.5f) - 0x3f000000));
-    return uint16_t(sign | ((a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13));
-}
-#endif
-
-void load(float* out, int64_t base, int64_t begin, int n, int dtype) {
-    if (dtype == F32) {
-        std::memcpy(out, reinterpret_cast<const float*>(base) + begin, n * sizeof(float));
-        return;
-    }
-    const uint16_t* in = reinterpret_cast<const uint16_t*>(base) + begin;
-    if (dtype == BF16) for (int i = 0; i < n; i++) out[i] = from_bf16(in[i]);
-    else for (int i = 0; i < n; i++) out[i] = from_f16(in[i]);
-}
-
-void store(const float* values, int64_t base, int64_t begin, int n, int dtype) {
-    if (dtype == F32) {
-        std::memcpy(reinterpret_cast<float*>(base) + begin, values, n * sizeof(float));
-        return;
-    }
-    uint16_t* out = reinterpret_cast<uint16_t*>(base) + begin;
-    if (dtype == BF16) for (int i = 0; i < n; i++) out[i] = to_bf16(values[i]);
-    else for (int i = 0; i < n; i++) out[i] = to_f16(values[i]);
+inline void store(const float* values, int64_t base, int64_t begin, int n, int dtype) {
+    store_floats(values, reinterpret_cast<void*>(base), begin, n, dtype);
 }
 
 inline uint32_t scramble(uint32_t x) {
@@ -126,7 +75,7 @@ void store_stochastic(const float* values, int64_t base, int64_t begin, int n, u
     }
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(KBIT_AVX512)
 // table[index] for 16 indices below 128 or 256: permutes are several times faster than gathers.
 template <int SIZE> inline __m512 lookup(const float* table, __m512i index) {
     __m512 part[SIZE / 32];
@@ -197,7 +146,7 @@ uint8_t nearest(float x, float absmax, const Map& map, const Settings& s) {
 
 float encode(uint8_t* codes, float* x, const Map& map, const Settings& s, int n) {
     uint32_t largest = 0;
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(KBIT_AVX512)
     for (int i = n; i % 16; i++) x[i] = 0.0f;
     __m512i most = _mm512_setzero_si512();
     for (int i = 0; i < n; i += 16) {
@@ -221,7 +170,7 @@ float encode(uint8_t* codes, float* x, const Map& map, const Settings& s, int n)
         return 0.0f;
     }
     float absmax = float_of(largest), inverse = 1.0f / absmax;
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(KBIT_AVX512)
     uint8_t padded[CHUNK];
     for (int i = 0; i < n; i += 16) {
         __m512 values = _mm512_loadu_ps(x + i), factor = _mm512_set1_ps(inverse);
@@ -417,59 +366,55 @@ float trust_scale(int kind, double p_norm, double other, const Scalars& h) {
     return float(h.max_unorm > 0.0f && capped < ratio ? capped : ratio);
 }
 
-template <typename F> void parallel(int64_t items, int threads, F work) {
-    if (threads > items) threads = items > 0 ? int(items) : 1;
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; t++) others.emplace_back([=] { work(items * t / threads, items * (t + 1) / threads); });
-    work(0, items / threads);
-    for (auto& thread : others) thread.join();
-}
-
 }  // namespace
 
-extern "C" {
-
-int32_t kbit_optim_abi() { return 2; }
-
 // table: [tensors] rows; scalars: [rows][16] floats that Row::scalars indexes. Returns 0, or 1 when out of memory.
-int32_t kbit_optim_step(const Settings* settings, const int64_t* table, int64_t tensors, const float* scalars) {
-    try {
-        const Settings& s = *settings;
-        const Row* rows = reinterpret_cast<const Row*>(table);
-        const Scalars* all = reinterpret_cast<const Scalars*>(scalars);
-        std::vector<int64_t> first(tensors + 1, 0);  // first chunk of each tensor
-        for (int64_t t = 0; t < tensors; t++) first[t + 1] = first[t] + (rows[t].count + CHUNK - 1) / CHUNK;
-        std::vector<float> scale(tensors, 1.0f);
-        // Below some 100,000 elements starting a thread costs more than it saves.
-        int threads = first[tensors] < 400 ? 1 : s.threads;
-        auto each = [&](int64_t from, int64_t to, auto visit) {
-            int64_t t = 0;
-            for (int64_t c = from; c < to; c++) {
-                while (c >= first[t + 1]) t++;
-                visit(t, (c - first[t]) * CHUNK, c);
-            }
-        };
-        if (s.norm != NO_NORM) {
-            std::vector<double> sums(2 * first[tensors], 0.0);
-            parallel(first[tensors], threads, [&](int64_t from, int64_t to) {
-                each(from, to, [&](int64_t t, int64_t begin, int64_t c) {
-                    chunk(s, rows[t], all[rows[t].scalars], begin, 1.0f, &sums[2 * c]);
-                });
-            });
-            for (int64_t t = 0; t < tensors; t++) {
-                double pp = 0, oo = 0;
-                for (int64_t c = first[t]; c < first[t + 1]; c++) { pp += sums[2 * c]; oo += sums[2 * c + 1]; }
-                scale[t] = trust_scale(s.norm, std::sqrt(pp), std::sqrt(oo), all[rows[t].scalars]);
-            }
+KBIT_EXPORT(int32_t, kbit_optim_step)(const Settings* settings, const int64_t* table, int64_t tensors, const float* scalars) {
+    const Settings& s = *settings;
+    const Row* rows = reinterpret_cast<const Row*>(table);
+    const Scalars* all = reinterpret_cast<const Scalars*>(scalars);
+    Array<int64_t> first(tensors + 1);  // first chunk of each tensor
+    Array<float> scale(tensors);
+    if (!first.ok() || !scale.ok()) return 1;
+    first[0] = 0;
+    for (int64_t t = 0; t < tensors; t++) {
+        first[t + 1] = first[t] + (rows[t].count + CHUNK - 1) / CHUNK;
+        scale[t] = 1.0f;
+    }
+    const int64_t chunks = first[tensors];
+    // Below some 100,000 elements waking a thread costs more than it saves.
+    const int64_t threads = chunks < 400 ? 1 : s.threads;
+    auto each = [&](int64_t from, int64_t to, auto visit) {
+        int64_t low = 0, high = tensors - 1;  // the last tensor that begins at or before chunk `from`
+        while (low < high) {
+            int64_t middle = (low + high + 1) / 2;
+            if (first[middle] <= from) low = middle;
+            else high = middle - 1;
         }
-        parallel(first[tensors], threads, [&](int64_t from, int64_t to) {
-            each(from, to, [&](int64_t t, int64_t begin, int64_t) {
-                chunk(s, rows[t], all[rows[t].scalars], begin, scale[t], nullptr);
+        for (int64_t c = from; c < to; c++) {
+            while (c >= first[low + 1]) low++;
+            visit(low, (c - first[low]) * CHUNK, c);
+        }
+    };
+    if (s.norm != NO_NORM) {
+        Array<double> sums(2 * chunks);
+        if (!sums.ok()) return 1;
+        std::memset(sums.get(), 0, size_t(2 * chunks) * sizeof(double));
+        parallel_for(chunks, GRAIN, threads, [&](int64_t from, int64_t to) {
+            each(from, to, [&](int64_t t, int64_t begin, int64_t c) {
+                chunk(s, rows[t], all[rows[t].scalars], begin, 1.0f, &sums[2 * c]);
             });
         });
-        return 0;
-    } catch (...) {
-        return 1;
+        for (int64_t t = 0; t < tensors; t++) {
+            double pp = 0, oo = 0;
+            for (int64_t c = first[t]; c < first[t + 1]; c++) { pp += sums[2 * c]; oo += sums[2 * c + 1]; }
+            scale[t] = trust_scale(s.norm, std::sqrt(pp), std::sqrt(oo), all[rows[t].scalars]);
+        }
     }
-}
+    parallel_for(chunks, GRAIN, threads, [&](int64_t from, int64_t to) {
+        each(from, to, [&](int64_t t, int64_t begin, int64_t) {
+            chunk(s, rows[t], all[rows[t].scalars], begin, scale[t], nullptr);
+        });
+    });
+    return 0;
 }

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from kbit.formats.codebooks import codebook
-from kbit.kernels.cpu import compile as compiler
+from kbit.kernels.cpu import library
+from kbit.kernels.cpu.library import DTYPES
 
 # int64 columns of a table row: p, g, 3 states, 3 absmax, count, scalars row, step, compensation, seed, 3 for GPUs
 COLUMNS = 16
 SCALARS = 16
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-_ABI = 2
 # Bins of float bit patterns, 128 to a power of two. The offset keeps every midpoint away from the edges of bins.
 _BIN_OFFSET, _BIN_FIRST, _BINS = 0x5A5B, 13350, 2907
 
@@ -49,25 +45,12 @@ class _Settings(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int32) for name in _NUMBERS), ("maps", _Map * 2)]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = compiler.load(Path(__file__).with_name("optim.cpp"))
-    if library is not None:
-        library.kbit_optim_step.restype = ctypes.c_int32
-        library.kbit_optim_step.argtypes = [
-            ctypes.POINTER(_Settings),
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-        ]
-        if library.kbit_optim_abi() != _ABI:
-            return None
-    return library
-
-
 def available() -> bool:
     """Whether the compiled step can be used on this machine (compiles it on the first question)."""
-    return platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64") and _library() is not None
+    return library.available()
+
+
+_STEP = (ctypes.POINTER(_Settings), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
 
 
 @functools.cache
@@ -119,11 +102,8 @@ def step(
     """Advance every tensor of a batch by one step, in place.
 
     table: int64 [tensors, 16], addresses of contiguous tensors that the caller keeps alive. scalars: fp32 [rows, 16].
-    Raises RuntimeError when memory for threads or norms runs out.
+    Raises RuntimeError when memory for norms runs out, or where there is no native library.
     """
-    library = _library()
-    if library is None:
-        raise RuntimeError("the compiled optimizer step is not available; use the plain torch path")
     settings = _settings(
         algorithm=algorithm,
         flags=flags,
@@ -137,5 +117,6 @@ def step(
         kahan=kahan,
         threads=torch.get_num_threads(),
     )
-    if library.kbit_optim_step(ctypes.byref(settings), table.ctypes.data, len(table), scalars.ctypes.data):
+    call = library.function("kbit_optim_step", _STEP, ctypes.c_int32)
+    if call(ctypes.byref(settings), table.ctypes.data, len(table), scalars.ctypes.data):
         raise RuntimeError("the optimizer step ran out of memory")
