@@ -53,7 +53,7 @@ def main() -> None:
     ratio = round(medians["bitsandbytes AdamW8bit"] / medians["kbit AdamW8bit"], 2)
     result = {
         "benchmark": "AdamW8bit step on 16.7 M fp32 parameters, CPU, milliseconds",
-        "machine": f"{platform.machine()}, {args.threads} threads: {_cpu()}",
+        "machine": f"{platform.machine()}, {args.threads} threads: {cpu_name()}",
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__},
         "median_ms": medians,
@@ -66,7 +66,7 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,8 +1,10 @@
-"""Launching the Triton step: tables of addresses, and the pipeline for paged states.
+"""Launching the step on a GPU: tables of addresses, for the CUDA kernel and the Triton one.
 
-A plan keeps what does not change between steps: which programs serve which tensor, the device table and the buffers.
-A step compares the addresses of parameters and gradients with the plan's; equal ones cost no copy, others one
-asynchronous copy of the table from pinned memory. Nothing waits for the device.
+The CUDA kernel serves every rule without norms on NVIDIA GPUs: one launch advances all tensors of a batch and their
+step counts. Elsewhere it is Triton's, with a small launch before it. A plan keeps what does not change between steps:
+the device table, which programs serve which tensor, and the buffers. A step compares the addresses of parameters and
+gradients with the plan's; equal ones cost no copy, others one asynchronous copy of the table from pinned memory.
+Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kbit.formats.codebooks import codebook
+from kbit.kernels.cuda import optim as cuda_kernel
 from kbit.optim import rules, state
 from kbit.optim.batch import TABLE_COLUMNS, Batch, table_row
 
@@ -43,18 +46,38 @@ def lookup_table(signed: bool, device: torch.device) -> Tensor:
     return torch.cat([values, midpoints]).to(device)
 
 
-class Plan:
-    """The device side of one batch."""
+def serves(batch: Batch) -> bool:
+    """Whether the CUDA kernel can advance a batch: no norms, and a device that it runs on."""
+    return not batch.rule.norm and cuda_kernel.available(batch.items[0].p.device)
 
-    def __init__(self, rows: list[list[int]], scalar_rows: Sequence[int], batch: Batch, device: torch.device) -> None:
+
+class Plan:
+    """The device side of one batch. cuda: for the CUDA kernel, else for Triton's."""
+
+    def __init__(
+        self, rows: list[list[int]], scalar_rows: Sequence[int], batch: Batch, device: torch.device, cuda: bool
+    ) -> None:
+        self.cuda, self.device, self.batch = cuda, device, batch
         self.tile = ROWS[batch.bits8] * 256
-        self.span = self.tile * TILES[batch.bits8]
-        self.device = device
+        span = state.BLOCK_SIZE if cuda else self.tile * TILES[batch.bits8]
         self.table = np.array(rows, dtype=np.int64).reshape(len(rows), TABLE_COLUMNS)
         self.table[:, 9] = scalar_rows
-        counts = -(-self.table[:, 8] // self.span)
+        counts = -(-self.table[:, 8] // span)
         self.table[:, 13] = np.cumsum(counts) - counts
+        #: Programs of the Triton kernel, or blocks of 256 elements.
         self.total = int(counts.sum())
+        self.hyper: tuple[float, ...] = ()
+        self.dirty = True
+        self.identity: list[int] = []
+        self.addresses: list[int] = []
+        size = self.table.size + (0 if cuda else rules_width())
+        self.buffer = torch.empty(size, dtype=torch.int64, device=device)
+        # Used when a CUDA graph is being captured: then a copy's source must live as long as the graph.
+        self.spare = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.aligned = False
+        if cuda:
+            self.tickets = torch.zeros(1, dtype=torch.int32, device=device)
+            return
         programs = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         self.programs = torch.from_numpy(programs).to(device)
         tensors = max(scalar_rows, default=-1) + 1
@@ -62,18 +85,11 @@ class Plan:
         self.scales = torch.empty(tensors, dtype=torch.float32, device=device)
         sums = 2 * self.total * TILES[batch.bits8] if batch.rule.norm else 2
         self.sums = torch.empty(sums, dtype=torch.float32, device=device)
-        size = self.table.size + rules_width()
-        self.buffer = torch.empty(size, dtype=torch.int64, device=device)
-        self.hyper: tuple[float, ...] = ()
-        self.dirty = True
-        self.identity: list[int] = []
-        self.addresses: list[tuple[int, int]] = []
-        # Used when a CUDA graph is being captured: then a copy's source must live as long as the graph.
-        self.spare = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.aligned = False
 
     def upload(self, hyper: tuple[float, ...]) -> None:
-        """Bring table and hyperparameters to the device where they changed."""
+        """Bring the table, and for Triton the hyperparameters, to the device where they changed."""
+        if self.cuda:
+            hyper = ()
         if not self.dirty and hyper == self.hyper:
             return
         addresses = self.table[:, [0, 1, 2, 3, 4, 11]]
@@ -131,32 +147,86 @@ def hyperparameters(batch: Batch) -> tuple[tuple[float, ...], Tensor | None]:
     return row, lr_tensor
 
 
-def step_triton(batch: Batch, plans: dict[Any, Any], key: Any) -> None:
-    """Advance a batch on its device. plans: where this optimizer keeps plans; key: this batch's place in it."""
+def step_gpu(batch: Batch, plans: dict[Any, Any], key: Any, cuda: bool) -> None:
+    """Advance a batch on its device. plans: where this optimizer keeps plans; key: this batch's place in it.
+
+    cuda: by the CUDA kernel, else by Triton's.
+    """
     first = batch.items[0]
+    if cuda and not serves(batch):
+        raise ValueError("the CUDA step has no norms (LAMB, LARS, max_unorm) and needs an NVIDIA GPU with NVRTC")
     if batch.rule.states and first.state[batch.rule.states[0].name].device != first.p.device:
         from kbit.optim.paging import step_paged
 
-        step_paged(batch, plans, key)
+        step_paged(batch, plans, key, cuda)
         return
-    addresses = [(item.p.data_ptr(), item.g.data_ptr()) for item in batch.items]
-    identity = [id(item.state) for item in batch.items]
+    key = (key, cuda)
+    addresses = [tensor.data_ptr() for item in batch.items for tensor in (item.p, item.g)]
     plan = plans.get(key)
-    if plan is None or plan.identity != identity:
+    if plan is None or (plan.batch is not batch and plan.identity != [id(item.state) for item in batch.items]):
         rows = [table_row(batch, item) for item in batch.items]
-        plan = plans[key] = Plan(rows, range(len(rows)), batch, first.p.device)
-        plan.identity, plan.addresses = identity, addresses
+        plan = plans[key] = Plan(rows, range(len(rows)), batch, first.p.device, cuda)
+        plan.identity, plan.addresses = [id(item.state) for item in batch.items], addresses
     elif plan.addresses != addresses:
-        plan.table[:, :2] = addresses
+        plan.table[:, :2] = np.array(addresses, dtype=np.int64).reshape(-1, 2)
         plan.addresses, plan.dirty = addresses, True
+    plan.batch = batch
     hyper, lr_tensor = hyperparameters(batch)
     plan.upload(hyper)
     with device_of(first.p):
-        launch_prologue(plan.buffer, plan.hyper_pointer(), plan.scalars, len(batch.items), batch, lr_tensor)
-        launch_step(plan, plan.buffer, plan.programs, plan.total, plan.scalars, batch)
+        if cuda:
+            launch_cuda(plan, batch, hyper, lr_tensor, plan)
+        else:
+            launch_prologue(plan.buffer, plan.hyper_pointer(), plan.scalars, len(batch.items), batch, lr_tensor)
+            launch_step(plan, plan.buffer, plan.programs, plan.total, plan.scalars, batch)
     for item in batch.items:
         if item.target is not None:
             item.target.copy_(item.p)
+
+
+def launch_cuda(
+    plan: Plan, batch: Batch, hyper: tuple[float, ...], lr_tensor: Tensor | None, counted: Plan | None
+) -> None:
+    """The one launch of the CUDA kernel. counted: the plan whose tensors' step counts go up, if any."""
+    rule = batch.rule
+    if lr_tensor is not None and lr_tensor.dtype not in (torch.float32, torch.float64):
+        lr_tensor = lr_tensor.float()
+    kind = 0 if lr_tensor is None else 1 if lr_tensor.dtype == torch.float32 else 2
+    settings = _cuda_settings(
+        rule, batch.bits8, bool(batch.config["skip_zeros"]), batch.stochastic, batch.kahan, batch.items[0].p.dtype,
+        batch.items[0].g.dtype, _fast(batch), kind,
+    )  # fmt: skip
+    cuda_kernel.step(
+        plan.buffer,
+        len(plan.table),
+        plan.total,
+        None if counted is None else counted.buffer,
+        0 if counted is None else len(counted.table),
+        plan.tickets,
+        hyper,
+        lr_tensor,
+        settings,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _cuda_settings(
+    rule: rules.Rule, bits8: bool, skip: bool, stochastic: bool, kahan: bool, p: torch.dtype, g: torch.dtype,
+    fast: bool, lr_kind: int,
+) -> tuple[tuple[str, object], ...]:  # fmt: skip
+    found = cuda_kernel.macros(
+        rule.algorithm, rule.flags, rule.decay, len(rule.states), bits8, skip, stochastic, kahan, p, g, fast, lr_kind
+    )
+    return tuple(sorted(found.items()))
+
+
+def _fast(batch: Batch) -> bool:
+    """Whether approximate quotients and roots, which take subnormal numbers for zero, are near enough.
+
+    Not where a state keeps quotients: states are exact.
+    """
+    keeps = batch.rule.algorithm == rules.RMSPROP and bool(batch.rule.flags & rules.MOMENTUM)
+    return torch.version.cuda is not None and not keeps and batch.config.get("eps", 1.0) > 1e-15
 
 
 def launch_prologue(
@@ -204,7 +274,7 @@ def launch_step(plan: Plan, table: Tensor, programs: Tensor, total: int, scalars
         "ALIGNED": plan.aligned,
         "ROWS": ROWS[batch.bits8],
         "TILES": TILES[batch.bits8],
-        "FAST": device.type == "cuda" and torch.version.cuda is not None and batch.config.get("eps", 1.0) > 1e-15,
+        "FAST": device.type == "cuda" and _fast(batch),
         "num_warps": WARPS[batch.bits8],
         "enable_fp_fusion": False,
     }

@@ -72,7 +72,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         self._plans: dict[Any, Any] = {}
         self._batches: dict[int, tuple[Any, list[Tensor], list[Batch]]] = {}
         self._locals: dict[Tensor, dict[str, Any]] = {}
-        #: "auto", or "torch", "native" (compiled C++), "triton" to insist on one.
+        #: "auto", or "torch", "native" (compiled C++), "triton", "cuda" (compiled CUDA C++) to insist on one.
         self.backend = "auto"
         super().__init__(params, {**defaults, **structure})
 
@@ -159,18 +159,16 @@ class KbitOptimizer(torch.optim.Optimizer):
         state = self.state
         for batch in cached[2]:
             for item in batch.items:
-                p = item.owner
+                p, old = item.owner, item.g
                 grad = p.grad
-                if (
-                    grad is None
-                    or grad.dtype != item.g.dtype
-                    or grad.layout != torch.strided
-                    or not grad.is_contiguous()
-                    or p.data_ptr() != item.address
-                    or state.get(p) is not item.state
-                ):
+                if p.data_ptr() != item.address or state.get(p) is not item.state:
                     return None
-                item.g = grad
+                if grad is not old:
+                    if grad is None or grad.dtype != old.dtype or grad.layout != torch.strided:
+                        return None
+                    item.g = grad
+                if not grad.is_contiguous():
+                    return None
         return cached[2]
 
     def _remember(self, number: int, group: dict[str, Any], batches: list[Batch]) -> None:
@@ -240,10 +238,10 @@ class KbitOptimizer(torch.optim.Optimizer):
 
     def _dispatch(self, batch: Batch, key: Any) -> None:
         backend = self.backend if self.backend != "auto" else _choose(batch)
-        if backend == "triton":
-            from kbit.optim.gpu import step_triton
+        if backend in ("cuda", "triton"):
+            from kbit.optim.gpu import step_gpu
 
-            step_triton(batch, self._plans, key)
+            step_gpu(batch, self._plans, key, backend == "cuda")
         elif backend == "native":
             step_native(batch)
         else:
@@ -311,8 +309,10 @@ def _choose(batch: Batch) -> str:
     if p.dtype not in dtypes or g.dtype not in dtypes:
         return "torch"
     if p.is_cuda:
-        from kbit.optim.gpu import triton_available
+        from kbit.optim.gpu import serves, triton_available
 
+        if serves(batch):
+            return "cuda"
         return "triton" if triton_available() else "torch"
     if p.device.type == "cpu":
         from kbit.kernels.cpu import optim as native

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kbit.optim import state as states
 from kbit.optim.batch import Batch, Item, table_row
-from kbit.optim.gpu import Plan, device_of, hyperparameters, launch_prologue, launch_step
+from kbit.optim.gpu import Plan, device_of, hyperparameters, launch_cuda, launch_prologue, launch_step
 
 # Bytes of one staging buffer; a chunk holds as many elements as fit.
 STAGING_BYTES = 64 * 2**20
@@ -35,7 +35,8 @@ class Piece:
 class PagedPlan:
     """Chunks of a batch, one plan (table rows, programs) each, the staging buffers and the streams."""
 
-    def __init__(self, batch: Batch, device: torch.device) -> None:
+    def __init__(self, batch: Batch, device: torch.device, cuda: bool) -> None:
+        self.cuda = cuda
         self.identity: list[int] = []
         self.addresses: list[tuple[int, int]] = []
         width = 1 if batch.bits8 else 4
@@ -45,7 +46,7 @@ class PagedPlan:
         size = max((_end(piece, width) for chunk in self.chunks for piece in chunk), default=0)
         self.staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(self.chunks)))]
         full = [table_row(batch, item) for item in batch.items]
-        self.prologue = Plan(full, range(len(full)), batch, device)
+        self.prologue = Plan(full, range(len(full)), batch, device, cuda)
         self.plans = [self._plan(batch, chunk, full, index % 2, device) for index, chunk in enumerate(self.chunks)]
         if device.type == "cuda":
             self.streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -66,9 +67,9 @@ class PagedPlan:
                 row[11] += piece.begin * item.p.element_size()
             row[14] = piece.begin
             rows.append(row)
-        plan = Plan(rows, [piece.item for piece in chunk], batch, device)
-        # Scalars and factors belong to tensors, not to pieces.
-        plan.scalars, plan.scales = self.prologue.scalars, self.prologue.scales
+        plan = Plan(rows, [piece.item for piece in chunk], batch, device, self.cuda)
+        if not self.cuda:  # scalars and factors belong to tensors, not to pieces
+            plan.scalars, plan.scales = self.prologue.scalars, self.prologue.scales
         return plan
 
 
@@ -97,8 +98,9 @@ def _end(piece: Piece, width: int) -> int:
     return piece.places[-1] + -(-(piece.end - piece.begin) * width // _ALIGN) * _ALIGN
 
 
-def step_paged(batch: Batch, plans: dict[Any, Any], key: Any) -> None:
-    """Advance a batch whose states lie in pinned host memory."""
+def step_paged(batch: Batch, plans: dict[Any, Any], key: Any, cuda: bool) -> None:
+    """Advance a batch whose states lie in pinned host memory, by the CUDA kernel or by Triton's."""
+    key = (key, cuda, "paged")
     if batch.rule.norm:
         _step_whole(batch, plans, key)
         return
@@ -107,7 +109,7 @@ def step_paged(batch: Batch, plans: dict[Any, Any], key: Any) -> None:
     addresses = [(item.p.data_ptr(), item.g.data_ptr()) for item in batch.items]
     plan = plans.get(key)
     if not isinstance(plan, PagedPlan) or plan.identity != identity:
-        plan = plans[key] = PagedPlan(batch, device)
+        plan = plans[key] = PagedPlan(batch, device, cuda)
         plan.identity, plan.addresses = identity, addresses
     elif plan.addresses != addresses:
         _move(plan, batch)
@@ -116,20 +118,23 @@ def step_paged(batch: Batch, plans: dict[Any, Any], key: Any) -> None:
     plan.prologue.upload(hyper)
     with device_of(batch.items[0].p):
         buffer, pointer = plan.prologue.buffer, plan.prologue.hyper_pointer()
-        launch_prologue(buffer, pointer, plan.prologue.scalars, len(batch.items), batch, lr_tensor)
+        if not cuda:
+            launch_prologue(buffer, pointer, plan.prologue.scalars, len(batch.items), batch, lr_tensor)
+        elif not plan.chunks:  # nothing but empty tensors: their steps count all the same
+            launch_cuda(plan.prologue, batch, hyper, lr_tensor, plan.prologue)
         if device.type == "cuda":
-            _pipeline(plan, batch, hyper)
+            _pipeline(plan, batch, hyper, lr_tensor)
         else:
             for index, chunk in enumerate(plan.chunks):
                 _copy(plan, batch, chunk, index % 2, inward=True)
-                _compute(plan, batch, index, hyper)
+                _compute(plan, batch, index, hyper, lr_tensor)
                 _copy(plan, batch, chunk, index % 2, inward=False)
     for item in batch.items:
         if item.target is not None:
             item.target.copy_(item.p)
 
 
-def _pipeline(plan: PagedPlan, batch: Batch, hyper: tuple[float, ...]) -> None:
+def _pipeline(plan: PagedPlan, batch: Batch, hyper: tuple[float, ...], lr_tensor: Tensor | None) -> None:
     main = torch.cuda.current_stream()
     inward, outward = plan.streams
     # The last step's copies out must have left both staging buffers and reached the host.
@@ -144,7 +149,7 @@ def _pipeline(plan: PagedPlan, batch: Batch, hyper: tuple[float, ...]) -> None:
             _copy(plan, batch, chunk, slot, inward=True)
             ready = inward.record_event()
         main.wait_event(ready)
-        _compute(plan, batch, index, hyper)
+        _compute(plan, batch, index, hyper, lr_tensor)
         done = main.record_event()
         with torch.cuda.stream(outward):
             outward.wait_event(done)
@@ -152,9 +157,13 @@ def _pipeline(plan: PagedPlan, batch: Batch, hyper: tuple[float, ...]) -> None:
             drained[slot] = outward.record_event()
 
 
-def _compute(plan: PagedPlan, batch: Batch, index: int, hyper: tuple[float, ...]) -> None:
+def _compute(plan: PagedPlan, batch: Batch, index: int, hyper: tuple[float, ...], lr_tensor: Tensor | None) -> None:
     part = plan.plans[index]
     part.upload(hyper)
+    if plan.cuda:
+        last = index == len(plan.chunks) - 1
+        launch_cuda(part, batch, hyper, lr_tensor, plan.prologue if last else None)
+        return
     launch_step(part, part.buffer, part.programs, part.total, part.scalars, batch)
 
 
@@ -190,13 +199,13 @@ def _move(plan: PagedPlan, batch: Batch) -> None:
 
 def _step_whole(batch: Batch, plans: dict[Any, Any], key: Any) -> None:
     """With norms a tensor is needed whole, twice: bring each one in, step, bring it back."""
-    from kbit.optim.gpu import step_triton
+    from kbit.optim.gpu import step_gpu
 
     for item in batch.items:
         names = [spec.name for spec in batch.rule.states]
         resident = {**item.state, **{name: item.state[name].to(item.p.device, non_blocking=True) for name in names}}
         inner = Item(item.p, item.g, resident, item.seed, item.target, item.owner, item.address)
-        step_triton(Batch(batch.name, batch.rule, batch.config, batch.bits8, [inner]), {}, key)
+        step_gpu(Batch(batch.name, batch.rule, batch.config, batch.bits8, [inner]), {}, key, False)
         for name in names:
             item.state[name].copy_(resident[name], non_blocking=True)
 

@@ -27,9 +27,12 @@ def test_triton_step_in_its_interpreter():
 
 
 @pytest.mark.gpu
-def test_triton_step_on_the_gpu():
+@pytest.mark.parametrize("step", ["triton", "auto"])
+def test_step_on_the_gpu(step):
+    """`auto` is the CUDA kernel, but for norms."""
     assert torch.cuda.is_available()
     checks = Path(__file__).with_name("triton_checks.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(checks)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=checks.parents[2])
+    env = {**os.environ, "KBIT_CHECKED_STEP": step}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=checks.parents[2])
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

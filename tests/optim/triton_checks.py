@@ -1,4 +1,4 @@
-"""What test_triton.py runs in its own process: the Triton step against the plain one.
+"""What test_triton.py runs in its own process: the step on a GPU (Triton's, or the CUDA kernel) against the plain one.
 
 States and steps are equal to the bit, but for codes where two are equally near to within 1e-6 of the value, and so are
 parameters but for the last bits of an update (fast quotients and roots).
@@ -17,6 +17,8 @@ from kbit.formats.blocks import dequantize_dynamic, quantize_dynamic
 from kbit.formats.codebooks import codebook
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# On a GPU also "auto": the CUDA kernel wherever it serves.
+BACKEND = os.environ.get("KBIT_CHECKED_STEP", "triton")
 
 if DEVICE == "cpu":
     # Where the interpreter computes differently from devices: it rounds the product of a fused multiply-add (float64
@@ -104,25 +106,25 @@ def check(a, b, exact=False):
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_equals_plain_torch(name, settings, bits):
     dtype = torch.bfloat16 if settings.keys() & {"kahan", "stochastic_rounding"} else torch.float32
-    check(run("triton", name, settings, bits, dtype), run("torch", name, settings, bits, dtype))
+    check(run(BACKEND, name, settings, bits, dtype), run("torch", name, settings, bits, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_low_precision_parameters(bits, dtype):
-    check(run("triton", "AdamW", {"lr": 0.01}, bits, dtype), run("torch", "AdamW", {"lr": 0.01}, bits, dtype))
+    check(run(BACKEND, "AdamW", {"lr": 0.01}, bits, dtype), run("torch", "AdamW", {"lr": 0.01}, bits, dtype))
 
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_gradients_that_are_not_finite(bits):
-    results = [run(backend, "AdamW", {}, bits, torch.float32, bad=True) for backend in ("triton", "torch")]
+    results = [run(backend, "AdamW", {}, bits, torch.float32, bad=True) for backend in (BACKEND, "torch")]
     check(*results)
     assert torch.isfinite(results[0]["p0"]).all() == (bits == 8)
 
 
 def test_learning_rate_as_a_tensor_on_the_device():
     lr = torch.tensor(0.02, device=DEVICE)
-    check(run("triton", "AdamW", {}, 8, torch.float32, lr=lr), run("torch", "AdamW", {"lr": 0.02}, 8, torch.float32))
+    check(run(BACKEND, "AdamW", {}, 8, torch.float32, lr=lr), run("torch", "AdamW", {"lr": 0.02}, 8, torch.float32))
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -137,7 +139,7 @@ def test_codes_equal_the_oracle(signed):
     p = torch.nn.Parameter(torch.zeros_like(values))
     p.grad = values
     kind = optim.SGD8bit([p], lr=0.0, momentum=0.9, min_8bit_size=1) if signed else optim.Adagrad8bit([p], lr=0.0)
-    kind.backend = "triton"
+    kind.backend = BACKEND
     kind.step()
     name = "momentum_buffer" if signed else "sum"
     codes, absmax = quantize_dynamic(values if signed else values * values, signed, 256)
@@ -152,7 +154,7 @@ def test_codes_equal_the_oracle(signed):
 def test_unaligned_views_and_mixed_groups():
     """Views that start anywhere, and two dtypes: fp32 of 8 and 32 bits, and bf16."""
     results = []
-    for backend in ("triton", "torch"):
+    for backend in (BACKEND, "torch"):
         generator = torch.Generator().manual_seed(0)
         whole = torch.randn(9000, generator=generator).to(DEVICE)
         params = [torch.nn.Parameter(whole[3:4700]), torch.nn.Parameter(whole[4701:4711])]
@@ -182,23 +184,22 @@ def test_paged_chunks_equal_the_unpaged_step_to_the_bit(bits, extra, monkeypatch
         params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(DEVICE, torch.bfloat16)) for n in sizes]
         options = {"optim_bits": bits, "min_8bit_size": 1, "stochastic_rounding": True, **extra}
         optimizer = optim.AdamW(params, lr=0.01, is_paged=paged, **options)
-        optimizer.backend = "triton"
+        optimizer.backend = BACKEND
         if paged and DEVICE == "cpu":  # no pinned memory here: take the paged path with ordinary memory
             from kbit.optim import gpu
 
-            def step(batch, plans, key):
-                inner = {} if batch.rule.norm else plans
-                paging.step_paged(batch, inner, (key, "paged"))
+            def step(batch, plans, key, cuda):
+                paging.step_paged(batch, plans, key, cuda)
 
-            original = gpu.step_triton
+            original = gpu.step_gpu
             if not extra:
-                monkeypatch.setattr(gpu, "step_triton", step)
+                monkeypatch.setattr(gpu, "step_gpu", step)
         for _ in range(2):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(p)
             optimizer.step()
         if paged and DEVICE == "cpu":
-            monkeypatch.setattr(gpu, "step_triton", original)
+            monkeypatch.setattr(gpu, "step_gpu", original)
         optimizer.state_dict()
         results.append({f"{k}{i}": v.cpu() for i, p in enumerate(params) for k, v in optimizer.state[p].items()})
         results[-1] |= {f"p{i}": p.detach().cpu() for i, p in enumerate(params)}

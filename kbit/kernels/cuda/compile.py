@@ -176,14 +176,22 @@ class Launcher:
     call may overwrite them. This keeps a call's cost on the CPU near that of the driver itself.
     """
 
-    def __init__(self, function: ctypes.c_void_p, arguments: type[ctypes.Structure], threads: int, shared: int) -> None:
+    def __init__(
+        self,
+        function: ctypes.c_void_p,
+        arguments: type[ctypes.Structure],
+        threads: int,
+        shared: int,
+        overlap: bool = True,
+    ) -> None:
+        """overlap: whether the kernel waits by griddepcontrol, as compute capability 9.0 and later can."""
         raw = ctypes.create_string_buffer(ctypes.sizeof(arguments) + 64)
         self._keep = raw
         self.values: Any = arguments.from_buffer(raw, -ctypes.addressof(raw) % 64)
         start = ctypes.addressof(self.values)
         fields = [getattr(arguments, field[0]) for field in arguments._fields_]
         self._pointers = (ctypes.c_void_p * len(fields))(*[start + field.offset for field in fields])
-        self._config = _Launch((1, 1, 1), (threads, 1, 1), shared, None, ctypes.addressof(_OVERLAP), 1)
+        self._config = _Launch((1, 1, 1), (threads, 1, 1), shared, None, ctypes.addressof(_OVERLAP), int(overlap))
         self._reference = ctypes.byref(self._config)
         self._function = function
         self._start = driver().cuLaunchKernelEx

@@ -1,0 +1,163 @@
+"""Launcher of `optim.cu`: settings by kind of batch, lookup tables, compilation and launch on the current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kbit.formats.codebooks import codebook
+from kbit.kernels.cuda import compile as compiler
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Cells are the upper 16 bits of a float. Below 2**-23 every code is zero's; the last cell begins at 1.
+FIRST_CELL, LAST_CELL = 0x3400, 0x3F80
+CELLS = LAST_CELL - FIRST_CELL + 1
+_AREA_BYTES = 208
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+
+
+def encoding_cells(signed: bool) -> np.ndarray:
+    """uint32 `[CELLS]`: added to the bits of a magnitude in that cell, its code (signed: plus 127) in byte 2."""
+    values = codebook("dynamic8" if signed else "dynamic8-unsigned")
+    magnitudes = values[values >= 0]
+    bits = ((magnitudes[:-1] + magnitudes[1:]) / 2).view(torch.int32).numpy().astype(np.int64)
+    cells = np.arange(FIRST_CELL, LAST_CELL + 1, dtype=np.int64)
+    ranks = np.searchsorted(bits, cells << 16)  # midpoints below the cell
+    carry = np.zeros_like(cells)
+    inside = bits >> 16
+    assert len(set(inside)) == len(inside) and inside.min() >= FIRST_CELL, "a cell holds one midpoint at most"
+    carry[inside - FIRST_CELL] = 0xFFFF - (bits & 0xFFFF)
+    code = ranks + (127 if signed else 0)
+    return (((code - cells) << 16) + carry & 0xFFFFFFFF).astype(np.uint32)
+
+
+def signed_top() -> float:
+    """The largest magnitude of a negative number that is not nearer to -1, which has no code."""
+    values = codebook("dynamic8")
+    midpoint = (values[-2] + values[-1]) / 2
+    return float(torch.nextafter(midpoint, torch.tensor(0.0)))
+
+
+@functools.cache
+def lookup(device: torch.device) -> Tensor:
+    """What a thread block copies into shared memory: both maps as fp32 bits, then the signed and unsigned cells."""
+    maps = [codebook(name).numpy().view(np.uint32) for name in ("dynamic8", "dynamic8-unsigned")]
+    whole = np.concatenate([*maps, encoding_cells(True), encoding_cells(False)])
+    with torch.inference_mode(False):
+        return torch.from_numpy(whole.view(np.int32)).to(device)
+
+
+class _Hyper(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_double * 16)]
+
+
+class _Arguments(ctypes.Structure):
+    """The kernel's parameters, in its order."""
+
+    _fields_ = [
+        ("table", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
+        ("blocks", ctypes.c_int),
+        ("lookup", ctypes.c_void_p),
+        ("hyper", _Hyper),
+        ("lr", ctypes.c_void_p),
+        ("counted", ctypes.c_void_p),
+        ("counted_rows", ctypes.c_int),
+        ("tickets", ctypes.c_void_p),
+    ]
+
+
+def macros(
+    algorithm: int, flags: int, decay: int, states: int, bits8: bool, skip_zeros: bool, stochastic: bool, kahan: bool,
+    p_dtype: torch.dtype, g_dtype: torch.dtype, fast: bool, lr_kind: int,
+) -> dict[str, object]:  # fmt: skip
+    """Settings of the kernel, named as in its source."""
+    p_kind, g_kind = _KINDS[p_dtype], _KINDS[g_dtype]
+    # Shared memory has room for one thread block with tables on every supported GPU; three states need its registers.
+    threads = 768 if bits8 and states <= 2 else 512
+    return {
+        "ALGO": algorithm,
+        "FLAGS": flags,
+        "DECAY": decay,
+        "BITS8": int(bits8),
+        "SKIP": int(skip_zeros),
+        "STOCHASTIC": int(stochastic),
+        "KAHAN": int(kahan),
+        "P_KIND": p_kind,
+        "G_KIND": g_kind,
+        "WIDTH": 8 if p_kind and g_kind and bits8 else 4,
+        "THREADS": threads,
+        "CTAS": 1 if bits8 else 2,
+        "PREFETCH": 1,
+        "FAST": int(fast),
+        "LR_KIND": lr_kind,
+        "FIRST_CELL": FIRST_CELL,
+        "CELLS": CELLS if bits8 else 1,
+        "SIGNED_TOP": f"{signed_top().hex()}f",
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _load(device: int, settings: tuple[tuple[str, object], ...]) -> tuple[compiler.Launcher, int, int]:
+    """(launcher, warps of a thread block, most thread blocks at once) on the current device."""
+    values: dict[str, Any] = dict(settings)
+    properties = torch.cuda.get_device_properties(device)
+    code = compiler.cubin("optim", f"sm_{properties.major}{properties.minor}", values, {})
+    tables = 65536 + 8 * CELLS if values["BITS8"] else 256 + 8
+    shared = tables + values["THREADS"] // 32 * _AREA_BYTES + 256
+    function = compiler.load(code, "optim", shared)
+    launcher = compiler.Launcher(function, _Arguments, values["THREADS"], shared, overlap=properties.major >= 9)
+    return launcher, values["THREADS"] // 32, properties.multi_processor_count * values["CTAS"]
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernel serves this device: NVIDIA, compute capability 8.0 or later, NVRTC and driver at hand."""
+    return device.type == "cuda" and torch.version.cuda is not None and _usable(device.index)
+
+
+@functools.cache
+def _usable(index: int) -> bool:
+    if torch.cuda.get_device_properties(index).major < 8:
+        return False
+    try:
+        compiler.nvrtc()
+        compiler.driver()
+    except OSError as error:
+        _log.warning("the Triton optimizer step serves cuda:%d: %s", index, error)
+        return False
+    return True
+
+
+def step(
+    table: Tensor, rows: int, blocks: int, counted: Tensor | None, counted_rows: int, tickets: Tensor,
+    hyper: tuple[float, ...], lr: Tensor | None, settings: tuple[tuple[str, object], ...],
+) -> None:  # fmt: skip
+    """One launch on the current device, which must be the tables'.
+
+    table: int64 `[rows, 16]`, column 13 the number of a tensor's first block of 256, of `blocks` in all. counted: a
+    table whose `counted_rows` step counts go up by one. tickets: int32 zero. hyper: 16 doubles. settings: `macros`,
+    sorted.
+    """
+    if blocks >= 2**31 - 2**20:
+        raise ValueError(f"{blocks * 256} elements are too many for one optimizer batch; make parameter groups smaller")
+    device = table.device
+    with _lock:
+        launcher, warps, most = _load(device.index, settings)
+    grid = max(1, min(most, -(-blocks // warps)))
+    tables = lookup(device)
+    with launcher.lock:
+        values = launcher.values
+        values.table, values.rows, values.blocks, values.lookup = table.data_ptr(), rows, blocks, tables.data_ptr()
+        values.hyper.values[:] = hyper
+        values.lr = None if lr is None else lr.data_ptr()
+        values.counted = None if counted is None else counted.data_ptr()
+        values.counted_rows, values.tickets = counted_rows, tickets.data_ptr()
+        launcher.start((grid, 1, 1), torch.cuda.current_stream(device).cuda_stream)

@@ -1,0 +1,160 @@
+"""What only a GPU can show: one launch, no synchronisation, CUDA graphs, states larger than its memory."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import kbit.optim as optim
+from kbit.formats.blocks import dequantize_dynamic
+
+pytestmark = pytest.mark.gpu
+
+
+def tensors(sizes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(n, generator=generator).to("cuda", dtype)) for n in sizes]
+
+
+def give_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator) * 0.1).to(p)
+
+
+def results(params, optimizer):
+    return [p.detach().cpu() for p in params] + [v.cpu() for p in params for v in optimizer.state[p].values()]
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW32bit", "Lion8bit", "AdEMAMix8bit", "RMSprop8bit", "Adagrad8bit"])
+def test_one_launch_for_all_tensors_and_no_synchronisation(kind):
+    from torch.profiler import ProfilerActivity, profile
+
+    params = tensors([5000 + 3 * n for n in range(60)])
+    optimizer = getattr(optim, kind)(params, lr=1e-3)
+    give_gradients(params, 1)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        torch.cuda.set_sync_debug_mode("error")
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    launches = {event.key: event.count for event in profiler.key_averages() if event.device_time_total > 0}
+    assert sum(launches.values()) == 1, launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_equal_the_cpus(dtype):
+    """AdamW's and Lion's states depend on gradients alone: codes and scales are those of the compiled CPU step."""
+    for kind in (optim.AdamW8bit, optim.Lion8bit):
+        params = tensors([100_000, 4999], dtype)
+        twins = [torch.nn.Parameter(p.detach().cpu()) for p in params]
+        there, here = kind(params, lr=1e-3), kind(twins, lr=1e-3)
+        for step in range(5):
+            give_gradients(params, step)
+            give_gradients(twins, step)
+            there.step()
+            here.step()
+        for p, q in zip(params, twins, strict=True):
+            for name, value in here.state[q].items():
+                mine = there.state[p][name].cpu()
+                if value.dtype != torch.uint8:
+                    torch.testing.assert_close(mine, value, rtol=1e-5, atol=0)
+                elif (differ := mine != value).any():
+                    # Only where two codes are equally near: what both decode to lies on either side of a midpoint.
+                    assert differ.sum() <= 1 + value.numel() // 10_000, (kind, name)
+                    signed = name == "exp_avg"
+                    absmax = here.state[q][name + "_absmax"]
+                    pair = [dequantize_dynamic(c, absmax, signed, 256, torch.float32) for c in (mine, value)]
+                    assert ((mine.int() - value.int()).abs() <= 1).all()
+                    assert torch.isfinite(pair[0] - pair[1]).all()
+            torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-2, atol=1e-3)
+
+
+def test_captured_step_equals_the_eager_one_and_follows_the_learning_rate():
+    runs = []
+    for captured in (False, True):
+        params = tensors([70_000, 300, 4097], torch.bfloat16)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        lr = torch.tensor(0.0, device="cuda")
+        optimizer = optim.AdamW8bit(params, lr=lr, weight_decay=0.1)
+        optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            for p in params:
+                p.grad.copy_(torch.randn(p.shape, generator=generator))
+            lr.fill_(0.01 / (step + 1))
+            if captured:
+                graph.replay()
+            else:
+                optimizer.step()
+        runs.append(results(params, optimizer))
+        assert all(int(optimizer.state[p]["step"]) == 5 for p in params)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_states_larger_than_the_memory_left_page_and_change_nothing(bits):
+    """The same steps unpaged, unpaged without room (which fails), and paged in that little room."""
+    count, size = 6, 2**24
+    params = tensors([size] * count, torch.bfloat16)
+    start = [p.detach().clone() for p in params]
+    give_gradients(params, 1)
+
+    def run(kind):
+        with torch.no_grad():
+            for p, before in zip(params, start, strict=True):
+                p.copy_(before)
+        optimizer = kind(params, lr=1e-3, optim_bits=bits, min_8bit_size=1)
+        for _ in range(3):
+            optimizer.step()
+        torch.cuda.synchronize()
+        out = results(params, optimizer)
+        del optimizer
+        gc.collect()
+        torch.cuda.empty_cache()
+        return out
+
+    unpaged = run(optim.AdamW)
+    states = count * size * 2 * bits // 8
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = torch.cuda.memory_reserved() + 160 * 2**20  # the two staging buffers, and little more
+    assert states > 160 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            run(optim.AdamW)
+        gc.collect()
+        torch.cuda.empty_cache()
+        paged = run(optim.PagedAdamW)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for a, b in zip(unpaged, paged, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_1782_1785_2067_more_than_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
+        pytest.skip("needs a GPU with 30 GB")
+    count = 2**31 + 1000
+    p = torch.nn.Parameter(torch.zeros(count, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.zeros_like(p)
+    ends = [0, 2**30 + 5, 2**31 - 1, 2**31, count - 1]
+    for index, at in enumerate(ends):
+        p.grad[at] = index + 1.0
+    optimizer = optim.Lion8bit([p], lr=0.5)
+    optimizer.step()
+    moved = p.detach().nonzero().view(-1)
+    assert moved.tolist() == ends and (p.detach()[moved] == -0.5).all()
+    state = optimizer.state[p]
+    assert (state["exp_avg"] != 127).nonzero().view(-1).tolist() == ends
+    assert state["exp_avg_absmax"].nonzero().numel() == len({at // 256 for at in ends})
