@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 # Up to this many tokens a product reads the int8 weights alone: the activations stay unquantized, which is both
 # faster (memory bound) and more accurate. Above it, LLM.int8() multiplies in int8.
 WEIGHT_ONLY_TOKENS = 16
@@ -72,3 +74,30 @@ def hopper_fits(m: int, n: int, k: int, block_size: int, dtype_bytes: int) -> bo
 def linear_4bit_grad_path(m: int) -> str:
     """ "triton" or "dequantize" for the gradient's product with `m` tokens."""
     return "triton" if m <= TRITON_GRAD_TOKENS else "dequantize"
+
+
+# Up to this many tokens the CPU's own kernel decodes the 4-bit weight inside the product. Above it decoding slices and
+# multiplying with torch's library is faster: it packs its operands, which the kernel does not. Measured on two cores of
+# an AMD EPYC (Zen 4); with AMX tiles torch's bf16 product takes over early. torch has no fast fp16 product on a CPU.
+CPU_FUSED_TOKENS = {torch.bfloat16: 160, torch.float32: 160, torch.float16: 1 << 30}
+CPU_AMX_FUSED_TOKENS = 12
+# Bytes of a slice of W that torch multiplies with while the L2 cache holds it.
+CPU_SLICE_BYTES = 1 << 20
+
+
+def linear_4bit_cpu_path(m: int, k: int, block_size: int, dtype: torch.dtype, amx: bool) -> str:
+    """ "fused" (decoded inside the product) or "sliced" (decoded a slice at a time, then torch) for `m` tokens."""
+    if k % block_size or block_size < 32 or block_size & (block_size - 1):
+        return "sliced"
+    most = CPU_AMX_FUSED_TOKENS if amx and dtype == torch.bfloat16 else CPU_FUSED_TOKENS[dtype]
+    return "fused" if m <= most else "sliced"
+
+
+def cpu_slice_rows(m: int, dtype: torch.dtype) -> int:
+    """Rows of W in a slice: torch's fp32 product packs x anew for each, so that many tokens want few slices."""
+    return 1024 if dtype == torch.float32 and m >= 512 else 256
+
+
+def cpu_slice_columns(n: int, block_size: int, dtype: torch.dtype) -> int:
+    """Columns of W [N, K] in a slice for the gradient: whole blocks, and bytes that a cache holds."""
+    return max(1, CPU_SLICE_BYTES // (n * dtype.itemsize * 256)) * max(256, block_size)

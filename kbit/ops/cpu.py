@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kbit.ops.schemas import library
+from kbit.formats.spec import NESTED_BLOCK_SIZE
+from kbit.ops import choose, reference
+from kbit.ops.schemas import check_weight, library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Scales = Sequence[Tensor | None]
 
 
 def why_not() -> str | None:
@@ -35,7 +39,146 @@ def reset() -> None:
     kernels.cache_clear()
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+def _serves(dtype: torch.dtype, absmax: Tensor, nested_absmax: Tensor | None) -> Any:
+    """The launchers of the 4-bit kernels where they take this dtype and these scales, else None."""
+    if dtype not in _DTYPES or (nested_absmax is None and absmax.dtype not in (torch.float32, torch.int32)):
+        return None
+    return kernels("linear_4bit")
+
+
+def _weight(
+    kernel: Any, codes: Tensor, scales: Sequence[Tensor | None], codebook: str, block: int, n: int, k: int
+) -> Any:
+    """The launchers' view of `W [N, K]`. Raises RuntimeError where codes or scales are too few; C++ cannot tell."""
+    absmax, nested_absmax, nested_offset = scales
+    check_weight(codes, n, k)
+    assert absmax is not None
+    count = -(-n * k // block)
+    torch._check(absmax.numel() == count, lambda: f"a 4-bit weight [{n}, {k}] has {count} scales, got {absmax.numel()}")
+    if nested_absmax is not None:
+        nested, held = -(-count // NESTED_BLOCK_SIZE), nested_absmax.numel()
+        torch._check(held == nested, lambda: f"{count} scales need {nested} nested scales, got {held}")
+    return kernel.Weight(codes, absmax, nested_absmax, nested_offset, codebook, block, n, k)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x [..., K]` as `[M, K]` whose rows are contiguous and do not overlap."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _product(kernel: Any, x: Tensor, weight: Any, bias: Tensor | None, n0: int, n1: int, out: Tensor) -> None:
+    """`x [M, K] @ W[n0:n1]^T + bias` into `out`, by the way that is fastest here."""
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    path = choose.linear_4bit_cpu_path(x.shape[0], weight.k, weight.block_size, x.dtype, _amx())
+    if path == "fused":
+        kernel.fused(x, weight, bias, n0, n1, out)
+    else:
+        rows = choose.cpu_slice_rows(x.shape[0], x.dtype)
+        with torch.no_grad():
+            kernel.sliced(x, weight, bias, n0, n1, out, rows)
+
+
+@functools.cache
+def _amx() -> bool:
+    """Whether torch's bf16 products run on AMX tiles."""
+    return "amx" in torch.backends.cpu.get_cpu_capability().lower() or torch.cpu._is_amx_tile_supported()
+
+
+def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    kernel = _serves(x.dtype, absmax, nested_absmax)
+    k = x.shape[-1]
+    if kernel is None or not (n and x.numel()):
+        return reference.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    w = _weight(kernel, weight, (absmax, nested_absmax, nested_offset), codebook, block_size, n, k)
+    rows = _rows(x)
+    out = x.new_empty(rows.shape[0], n)
+    _product(kernel, rows, w, bias, 0, n, out)
+    return out.view(*x.shape[:-1], n)
+
+
+def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+    kernel = _serves(grad.dtype, absmax, nested_absmax)
+    scales = (absmax, nested_absmax, nested_offset)
+    if kernel is None or not (k and grad.numel()):
+        return reference.linear_4bit_grad_input(grad, weight, *scales, codebook, block_size, k)
+    n, rows = grad.shape[-1], _rows(grad)
+    out = grad.new_empty(rows.shape[0], k)
+    w = _weight(kernel, weight, scales, codebook, block_size, n, k)
+    with torch.no_grad():
+        kernel.grad_input(rows, w, 0, n, out, choose.cpu_slice_columns(n, block_size, grad.dtype))
+    return out.view(*grad.shape[:-1], k)
+
+
+def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block_size, shape, dtype):  # type: ignore
+    kernel, scales = _serves(dtype, absmax, nested_absmax), (absmax, nested_absmax, nested_offset)
+    if kernel is None:
+        return reference.dequantize_4bit(codes, *scales, codebook, block_size, shape, dtype)
+    out = codes.new_empty(shape, dtype=dtype)
+    if codes.numel() != (out.numel() + 1) // 2:
+        raise ValueError(f"{codes.numel()} bytes of 4-bit codes cannot fill shape {list(shape)}")
+    kernel.dequantize(codes, scales, codebook, block_size, out)
+    return out
+
+
+def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):  # type: ignore
+    kernel, scales = _serves(dtype, absmax, nested_absmax), (absmax, nested_absmax, nested_offset)
+    if kernel is None or dim < 2 or not ids.numel():
+        return reference.embedding_4bit(ids, weight, *scales, codebook, block_size, dim, dtype)
+    out = weight.new_empty((*ids.shape, dim), dtype=dtype)
+    n = 2 * weight.numel() // dim  # half a byte more, at the end of an odd table, makes no row
+    table = _weight(kernel, weight, scales, codebook, block_size, n, dim)
+    kernel.embedding(ids.long().contiguous(), table, out)
+    return out
+
+
+def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    kernel, scales = _serves(x.dtype, absmax, nested_absmax), (absmax, nested_absmax, nested_offset)
+    if kernel is None or not (n and x.numel()):
+        return reference.experts_4bit(x, offsets, weight, *scales, bias, codebook, block_size, n)
+    rows = _rows(x)
+    w = _weight(kernel, weight, scales, codebook, block_size, offsets.shape[0] * n, x.shape[1])
+    out = x.new_empty(x.shape[0], n)
+    for e, begin, end in _spans(offsets, out):
+        part = None if bias is None else bias[e]
+        _product(kernel, rows[begin:end], w, part, e * n, (e + 1) * n, out[begin:end])
+    return out
+
+
+def experts_4bit_grad_input(  # type: ignore
+    grad, offsets, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k
+):
+    kernel, scales = _serves(grad.dtype, absmax, nested_absmax), (absmax, nested_absmax, nested_offset)
+    if kernel is None or not (k and grad.numel()):
+        return reference.experts_4bit_grad_input(grad, offsets, weight, *scales, codebook, block_size, k)
+    n, rows = grad.shape[1], _rows(grad)
+    w = _weight(kernel, weight, scales, codebook, block_size, offsets.shape[0] * n, k)
+    out = grad.new_empty(grad.shape[0], k)
+    columns = choose.cpu_slice_columns(n, block_size, grad.dtype)
+    with torch.no_grad():
+        for e, begin, end in _spans(offsets, out):
+            kernel.grad_input(rows[begin:end], w, e * n, (e + 1) * n, out[begin:end], columns)
+    return out
+
+
+def _spans(offsets: Tensor, out: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, row behind its last) of the experts that have rows; rows of none are zeroed in out."""
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    if ends and ends[-1] < out.shape[0]:
+        out[ends[-1] :].zero_()
+    return [(e, begin, end) for e, (begin, end) in enumerate(zip(starts, ends, strict=True)) if end > begin]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "linear_4bit": linear_4bit,
+    "linear_4bit_grad_input": linear_4bit_grad_input,
+    "dequantize_4bit": dequantize_4bit,
+    "embedding_4bit": embedding_4bit,
+    "experts_4bit": experts_4bit,
+    "experts_4bit_grad_input": experts_4bit_grad_input,
+}
 
 for _name, _function in IMPLEMENTATIONS.items():
     library.impl(_name, _function, "CPU")

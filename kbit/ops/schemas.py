@@ -99,7 +99,7 @@ def dequantize_dynamic(codes, absmax, signed, block_size, dtype):
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-def _check_weight(weight: Tensor, n: int, k: int) -> None:
+def check_weight(weight: Tensor, n: int, k: int) -> None:
     torch._check(
         weight.numel() == (n * k + 1) // 2,
         lambda: f"a 4-bit weight [{n}, {k}] has {(n * k + 1) // 2} bytes of codes, got {weight.numel()}",
@@ -108,13 +108,13 @@ def _check_weight(weight: Tensor, n: int, k: int) -> None:
 
 @_fake
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
-    _check_weight(weight, n, x.shape[-1])
+    check_weight(weight, n, x.shape[-1])
     return x.new_empty((*x.shape[:-1], n))
 
 
 @_fake
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
-    _check_weight(weight, grad.shape[-1], k)
+    check_weight(weight, grad.shape[-1], k)
     return grad.new_empty((*grad.shape[:-1], k))
 
 
@@ -141,14 +141,14 @@ def _check_experts(x: Tensor, offsets: Tensor) -> None:
 @_fake
 def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
     _check_experts(x, offsets)
-    _check_weight(weight, offsets.shape[0] * n, x.shape[1])
+    check_weight(weight, offsets.shape[0] * n, x.shape[1])
     return x.new_empty((x.shape[0], n))
 
 
 @_fake
 def experts_4bit_grad_input(grad, offsets, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
     _check_experts(grad, offsets)
-    _check_weight(weight, offsets.shape[0] * grad.shape[1], k)
+    check_weight(weight, offsets.shape[0] * grad.shape[1], k)
     return grad.new_empty((grad.shape[0], k))
 
 

@@ -1,0 +1,406 @@
+// Products with a 4-bit weight W [N, K] on the CPU, and the decoding of any rectangle of W.
+//
+// kbit_linear_4bit     x [M, K] -> out [M, rows of W]: W is decoded in registers (few tokens), or a strip of rows at a time
+//                      into the L2 cache (more tokens). Sums are fp32; W is rounded to x's dtype first, as in the plain
+//                      torch path. A row's sum is always taken in the same order: results do not depend on threads.
+// kbit_decode_4bit     W[n0:n1, k0:k1] -> a dense buffer, for products that a matrix library does, and for dequantizing.
+// kbit_embedding_4bit  rows of W by index -> a dense buffer.
+
+#include "decode_4bit.h"
+
+namespace {
+
+struct Weight {
+    const uint8_t* codes;        // packed pairs in flat order, the even element in the high nibble
+    const void* absmax;          // fp32 [B], or uint8 codes [B] of double quantization
+    const float* nested_absmax;  // fp32 [ceil(B / 256)], or null
+    const float* nested_offset;  // fp32 [1]
+    const float* dynamic_map;    // fp32 [256]
+    const float* codebook;       // fp32 [16]
+    int64_t n, k, block_size;
+};
+
+struct Task {
+    Weight w;
+    const void* x;     // [M, K], rows x_stride elements apart; embedding: int64 indices [M]
+    const void* bias;  // [n1 - n0] in x's dtype, or null
+    void* out;         // product: [M, n1 - n0]; decode: [n1 - n0, k1 - k0]; embedding: [M, K]
+    int64_t m, x_stride;
+    int64_t n0, n1, k0, k1;  // the part of W that takes part
+    int32_t dtype, threads;  // Dtype of x, bias and out
+};
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Scratch memory of one thread, kept between calls; aligned for vector loads. Null where there is none.
+struct Scratch {
+    void* memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(memory); }
+    void* get(size_t bytes) {
+        if (bytes > size) {
+            std::free(memory);
+            size = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+            memory = std::aligned_alloc(4096, size);
+            if (!memory) size = 0;
+        }
+        return memory;
+    }
+};
+thread_local Scratch packed_x, scratch;
+
+// ---- scales ----
+
+inline float scale_at(const Weight& w, int64_t block) {
+    if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[block];
+    float product = w.dynamic_map[static_cast<const uint8_t*>(w.absmax)[block]] * w.nested_absmax[block >> 8];
+    return product + w.nested_offset[0];
+}
+
+// Scales of `count` pieces of `piece` weights (64, or 32) that begin at flat position `first`, zeros up to `padded`.
+void piece_scales(const Weight& w, int64_t first, int64_t count, int64_t padded, int64_t piece, float* out) {
+    int64_t block = first / w.block_size, each = w.block_size / piece;
+    if (each == 1) {
+        if (!w.nested_absmax) {
+            std::memcpy(out, static_cast<const float*>(w.absmax) + block, size_t(count) * sizeof(float));
+        } else {
+            const uint8_t* codes = static_cast<const uint8_t*>(w.absmax);
+            float offset = w.nested_offset[0];
+            for (int64_t i = 0; i < count;) {
+                float nested = w.nested_absmax[(block + i) >> 8];
+                int64_t end = min_of(count, i + 256 - ((block + i) & 255));
+                for (int64_t j = i; j < end; ++j) out[j] = w.dynamic_map[codes[block + j]];
+                for (int64_t j = i; j < end; ++j) {
+                    float product = out[j] * nested;
+                    out[j] = product + offset;
+                }
+                i = end;
+            }
+        }
+    } else {
+        for (int64_t i = 0; i < count;) {
+            float scale = scale_at(w, (first + i * piece) / w.block_size);
+            int64_t end = min_of(count, i + each - ((first / piece + i) & (each - 1)));
+            for (; i < end; ++i) out[i] = scale;
+        }
+    }
+    for (int64_t i = count; i < padded; ++i) out[i] = 0.0f;
+}
+
+// ---- activations ----
+
+// x in the order in which a Lane decodes weights: vector j of a chunk holds elements j, j + VECTORS, ...; zeros behind K.
+template <class L> void pack_row(const void* x, int64_t row, const Task& t, int64_t padded, typename L::Elem* out) {
+    int64_t k = t.w.k, base = row * t.x_stride;
+    int64_t whole = k / L::CHUNK * L::CHUNK;
+    for (int64_t c = 0; c < whole; c += L::CHUNK) {
+        if constexpr (sizeof(typename L::Elem) == 2) {
+            const uint16_t* p = static_cast<const uint16_t*>(x) + base + c;
+            for (int j = 0; j < L::VECTORS; ++j)
+                for (int i = 0; i < L::LANES; ++i) out[c + j * L::LANES + i] = p[i * L::VECTORS + j];
+        } else if (t.dtype == F32) {
+            const float* p = static_cast<const float*>(x) + base + c;
+            for (int j = 0; j < L::VECTORS; ++j)
+                for (int i = 0; i < L::LANES; ++i) out[c + j * L::LANES + i] = p[i * L::VECTORS + j];
+        } else {
+            for (int j = 0; j < L::VECTORS; ++j)
+                for (int i = 0; i < L::LANES; ++i)
+                    out[c + j * L::LANES + i] = load_float(x, base + c + i * L::VECTORS + j, t.dtype);
+        }
+    }
+    for (int64_t e = whole; e < padded; ++e) {  // e: position in the packed row
+        int64_t in = e - whole, k_in = whole + (in % L::LANES) * L::VECTORS + in / L::LANES;
+        out[e] = k_in < k ? L::from_float(load_float(x, base + k_in, t.dtype)) : typename L::Elem(0);
+    }
+}
+
+// ---- products ----
+
+// R rows of W times MT rows of packed x, W decoded in registers.
+template <class L, bool SMALL, int R, int MT> struct Fused {
+    typename L::Acc acc[R][MT];
+
+    template <int J> static inline void vector(typename L::Acc (&acc)[R][MT], const typename L::Codes (&codes)[R],
+                                               const typename L::Table (&tables)[R], const typename L::Elem* x,
+                                               int64_t ldx) {
+        typename L::Vec xs[MT];
+#pragma GCC unroll 8
+        for (int m = 0; m < MT; ++m) xs[m] = L::load_vec(x + m * ldx + J * L::LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            typename L::Vec w = L::template decode<SMALL, J>(codes[r], tables[r]);
+#pragma GCC unroll 8
+            for (int m = 0; m < MT; ++m) acc[r][m] = L::dot(acc[r][m], w, xs[m]);
+        }
+    }
+
+    static inline void chunk(typename L::Acc (&acc)[R][MT], const uint8_t* const (&p)[R], const float* codebook,
+                             const float* scales, int64_t ld_scales, const typename L::Elem* x, int64_t ldx) {
+        typename L::Codes codes[R];
+        typename L::Table tables[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            codes[r] = L::load(p[r]);
+            tables[r] = L::template table<SMALL>(codebook, scales + r * ld_scales);
+        }
+        vector<0>(acc, codes, tables, x, ldx);
+        vector<1>(acc, codes, tables, x, ldx);
+        vector<2>(acc, codes, tables, x, ldx);
+        vector<3>(acc, codes, tables, x, ldx);
+        if constexpr (L::VECTORS == 8) {
+            vector<4>(acc, codes, tables, x, ldx);
+            vector<5>(acc, codes, tables, x, ldx);
+            vector<6>(acc, codes, tables, x, ldx);
+            vector<7>(acc, codes, tables, x, ldx);
+        }
+    }
+
+    // rows: R consecutive rows of codes from `codes`; sums go to out[r * MT + m].
+    static void run(const uint8_t* codes, int64_t row_bytes, const float* codebook, const float* scales,
+                    int64_t ld_scales, const typename L::Elem* x, int64_t ldx, float* out, const uint8_t* end) {
+        typename L::Acc acc[R][MT];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < MT; ++m) acc[r][m] = L::zero();
+        constexpr int BYTES = L::CHUNK / 2, PER = L::CHUNK / (SMALL ? 32 : 64);
+        int64_t whole = row_bytes / BYTES;
+        const uint8_t* p[R];
+        for (int r = 0; r < R; ++r) p[r] = codes + r * row_bytes;
+        // The same place in the next rows: streams that jump from row to row are beyond the hardware's prefetcher.
+        int64_t ahead = codes + 2 * R * row_bytes <= end ? R * row_bytes : 0;
+        for (int64_t c = 0; c < whole; ++c) {
+            for (int r = 0; r < R; ++r) __builtin_prefetch(p[r] + ahead, 0, 2);
+            chunk(acc, p, codebook, scales + c * PER, ld_scales, x + c * L::CHUNK, ldx);
+            for (int r = 0; r < R; ++r) p[r] += BYTES;
+        }
+        if (row_bytes % BYTES) {
+            uint8_t tail[R][BYTES] = {};
+            for (int r = 0; r < R; ++r) {
+                std::memcpy(tail[r], p[r], size_t(row_bytes % BYTES));
+                p[r] = tail[r];
+            }
+            chunk(acc, p, codebook, scales + whole * PER, ld_scales, x + whole * L::CHUNK, ldx);
+        }
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < MT; ++m) out[r * MT + m] = L::sum(acc[r][m]);
+    }
+};
+
+void finish(const Task& t, int64_t m, int64_t n, float sum) {
+    if (t.bias) sum += load_float(t.bias, n - t.n0, t.dtype);
+    store_float(t.out, m * (t.n1 - t.n0) + n - t.n0, t.dtype, sum);
+}
+
+template <class L, bool SMALL, int R, int MT>
+bool fused_rows(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
+    constexpr int64_t PIECE = SMALL ? 32 : 64;
+    int64_t row_bytes = t.w.k / 2, pieces = t.w.k / PIECE, ld = ldx / PIECE;
+    float* scales = static_cast<float*>(scratch.get(size_t(ld * R) * sizeof(float)));
+    if (!scales) return false;
+    float sums[R * MT];
+    const uint8_t* end = t.w.codes + t.w.n * row_bytes;
+    for (int64_t n = n0; n < n1;) {
+        const uint8_t* codes = t.w.codes + n * row_bytes;
+        if (n + R <= n1) {
+            for (int r = 0; r < R; ++r) piece_scales(t.w, (n + r) * t.w.k, pieces, ld, PIECE, scales + r * ld);
+            Fused<L, SMALL, R, MT>::run(codes, row_bytes, t.w.codebook, scales, ld, x, ldx, sums, end);
+            for (int r = 0; r < R; ++r)
+                for (int m = 0; m < MT; ++m) finish(t, m, n + r, sums[r * MT + m]);
+            n += R;
+        } else {
+            piece_scales(t.w, n * t.w.k, pieces, ld, PIECE, scales);
+            Fused<L, SMALL, 1, MT>::run(codes, row_bytes, t.w.codebook, scales, ld, x, ldx, sums, end);
+            for (int m = 0; m < MT; ++m) finish(t, m, n, sums[m]);
+            n += 1;
+        }
+    }
+    return true;
+}
+
+template <class L, bool SMALL, int J> inline void decode_vectors(typename L::Codes c, const typename L::Table& t,
+                                                                 typename L::Elem* out) {
+    L::store_vec(out + J * L::LANES, L::template decode<SMALL, J>(c, t));
+    if constexpr (J + 1 < L::VECTORS) decode_vectors<L, SMALL, J + 1>(c, t, out);
+}
+
+// One row of W in packed order, whole chunks.
+template <class L, bool SMALL>
+void decode_row(const uint8_t* codes, int64_t bytes, const float* codebook, const float* scales,
+                typename L::Elem* out) {
+    constexpr int BYTES = L::CHUNK / 2, PER = L::CHUNK / (SMALL ? 32 : 64);
+    int64_t whole = bytes / BYTES, c = 0;
+    for (; c < whole; ++c)
+        decode_vectors<L, SMALL, 0>(L::load(codes + c * BYTES), L::template table<SMALL>(codebook, scales + c * PER),
+                                    out + c * L::CHUNK);
+    if (bytes % BYTES) {
+        uint8_t tail[BYTES] = {};
+        std::memcpy(tail, codes + c * BYTES, size_t(bytes % BYTES));
+        decode_vectors<L, SMALL, 0>(L::load(tail), L::template table<SMALL>(codebook, scales + c * PER),
+                                    out + c * L::CHUNK);
+    }
+}
+
+constexpr int64_t DEPTH_BYTES = 4096;  // of a decoded row: four rows of x stay in the L1 cache beside it
+template <class L> constexpr int64_t depth() { return DEPTH_BYTES / int64_t(sizeof(typename L::Elem)); }
+
+// NT decoded rows times MT packed rows over `count` elements; adds to sums[n * ld + m].
+template <class L, int NT, int MT>
+void dot_tile(const typename L::Elem* w, const typename L::Elem* x, int64_t ldx, int64_t count, float* sums, int64_t ld) {
+    constexpr int64_t ldw = depth<L>();
+    typename L::Acc acc[NT][MT];
+    for (int n = 0; n < NT; ++n)
+        for (int m = 0; m < MT; ++m) acc[n][m] = L::zero();
+    for (int64_t k = 0; k < count; k += L::LANES) {
+        typename L::Vec ws[NT];
+#pragma GCC unroll 8
+        for (int n = 0; n < NT; ++n) ws[n] = L::load_vec(w + n * ldw + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < MT; ++m) {
+            typename L::Vec v = L::load_vec(x + m * ldx + k);
+#pragma GCC unroll 8
+            for (int n = 0; n < NT; ++n) acc[n][m] = L::dot(acc[n][m], ws[n], v);
+        }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < NT; ++n) {
+        if constexpr (MT == 4) L::add_sums(acc[n][0], acc[n][1], acc[n][2], acc[n][3], sums + n * ld);
+        else
+            for (int m = 0; m < MT; ++m) sums[n * ld + m] += L::sum(acc[n][m]);
+    }
+}
+
+// `rows` decoded rows, NT at a time, times MT packed rows, which stay in the L1 cache.
+template <class L, int MT>
+void dot_strips(const typename L::Elem* w, int64_t rows, const typename L::Elem* x, int64_t ldx, int64_t count,
+                float* sums, int64_t ld) {
+    constexpr int NT = L::MAX_N;
+    int64_t n = 0;
+    for (; n + NT <= rows; n += NT) dot_tile<L, NT, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld);
+    for (; n < rows; ++n) dot_tile<L, 1, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld);
+}
+
+// Rows n0 to n1 of W, decoded a depth at a time into the L2 cache, times all of x.
+template <class L, bool SMALL>
+bool strip_rows(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
+    constexpr int64_t PIECE = SMALL ? 32 : 64, DEPTH = depth<L>();
+    static_assert(DEPTH % L::CHUNK == 0, "depth");
+    int64_t row_bytes = t.w.k / 2, rows = n1 - n0, ld = (t.m + 3) / 4 * 4;
+    size_t w_bytes = size_t(rows * DEPTH_BYTES), sum_bytes = size_t(rows * ld) * sizeof(float);
+    char* memory = static_cast<char*>(scratch.get(w_bytes + sum_bytes));
+    if (!memory) return false;
+    auto* w = reinterpret_cast<typename L::Elem*>(memory);
+    float* sums = reinterpret_cast<float*>(memory + w_bytes);
+    float scales[DEPTH / PIECE];
+    std::memset(sums, 0, sum_bytes);
+    for (int64_t k = 0; k < t.w.k; k += DEPTH) {
+        int64_t count = min_of(DEPTH, t.w.k - k), padded = (count + L::CHUNK - 1) / L::CHUNK * L::CHUNK;
+        for (int64_t r = 0; r < rows; ++r) {
+            piece_scales(t.w, (n0 + r) * t.w.k + k, count / PIECE, padded / PIECE, PIECE, scales);
+            decode_row<L, SMALL>(t.w.codes + (n0 + r) * row_bytes + k / 2, count / 2, t.w.codebook, scales,
+                                 w + r * DEPTH);
+        }
+        for (int64_t m = 0; m < t.m;) {
+            // Tiles of nearly equal height: 5 tokens are 3 and 2, not 4 and 1.
+            int64_t left = t.m - m, height = left > 8 ? 4 : left > 4 ? (left + 1) / 2 : left;
+            const auto* tokens = x + m * ldx + k;
+            switch (height) {
+                case 1: dot_strips<L, 1>(w, rows, tokens, ldx, padded, sums + m, ld); break;
+                case 2: dot_strips<L, 2>(w, rows, tokens, ldx, padded, sums + m, ld); break;
+                case 3: dot_strips<L, 3>(w, rows, tokens, ldx, padded, sums + m, ld); break;
+                default: dot_strips<L, 4>(w, rows, tokens, ldx, padded, sums + m, ld); break;
+            }
+            m += height;
+        }
+    }
+    for (int64_t m = 0; m < t.m; ++m)
+        for (int64_t n = 0; n < rows; ++n) finish(t, m, n0 + n, sums[n * ld + m]);
+    return true;
+}
+
+template <class L, bool SMALL>
+bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
+    if constexpr (L::FUSED) {  // in registers only where there are enough of them
+        switch (t.m) {
+            case 1: return fused_rows<L, SMALL, 4, 1>(t, x, ldx, n0, n1);
+            case 2: return fused_rows<L, SMALL, 4, 2>(t, x, ldx, n0, n1);
+            case 3: return fused_rows<L, SMALL, 2, 3>(t, x, ldx, n0, n1);
+            case 4: return fused_rows<L, SMALL, 2, 4>(t, x, ldx, n0, n1);
+        }
+    }
+    return strip_rows<L, SMALL>(t, x, ldx, n0, n1);
+}
+
+template <class L, bool SMALL> bool product(const Task& t) {
+    // Rows of W that a thread takes at a time: a multiple of MAX_N whose decoded depth stays in the L2 cache.
+    constexpr int64_t UNIT = 48;
+    int64_t ldx = (t.w.k + L::CHUNK - 1) / L::CHUNK * L::CHUNK;
+    auto* x = static_cast<typename L::Elem*>(packed_x.get(size_t(t.m * ldx) * sizeof(typename L::Elem)));
+    if (!x) return false;
+    parallel_for(t.m, 1 + 16384 / ldx, t.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) pack_row<L>(t.x, row, t, ldx, x + row * ldx);
+    });
+    std::atomic<bool> complete{true};
+    parallel_for(t.n1 - t.n0, UNIT, t.threads, [&](int64_t begin, int64_t end) {
+        if (!rows_of<L, SMALL>(t, x, ldx, t.n0 + begin, t.n0 + end)) complete = false;
+    });
+    return complete;
+}
+
+template <class L> bool product(const Task& t) {
+    return t.w.block_size == 32 ? product<L, true>(t) : product<L, false>(t);
+}
+
+// `count` weights from flat position `at` on, in their order.
+template <int D> void decode_run(const Weight& w, int64_t at, int64_t count, typename OutElem<D>::type* out) {
+    int64_t end = at + count, block = at / w.block_size, stop = (block + 1) * w.block_size;
+    for (; at < end; at = stop, stop += w.block_size, ++block) {
+        stop = min_of(stop, end);
+        look_up<D>(w.codes, at, stop - at, w.codebook, scale_at(w, block), out);
+        out += stop - at;
+    }
+}
+
+template <int D> void decode(const Task& t) {
+    // One range of rows for each thread: memory that two cores write by turns would move between their caches.
+    int64_t width = t.k1 - t.k0, rows = t.n1 - t.n0;
+    auto* out = static_cast<typename OutElem<D>::type*>(t.out);
+    parallel_for(rows, (rows + t.threads - 1) / t.threads, t.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r)
+            decode_run<D>(t.w, (t.n0 + r) * t.w.k + t.k0, width, out + r * width);
+    });
+}
+
+template <int D> bool embedding(const Task& t) {
+    auto* ids = static_cast<const int64_t*>(t.x);
+    auto* out = static_cast<typename OutElem<D>::type*>(t.out);
+    for (int64_t m = 0; m < t.m; ++m)
+        if (ids[m] < 0 || ids[m] >= t.w.n) return false;
+    parallel_for(t.m, 1 + 16384 / (t.w.k + 1), t.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) decode_run<D>(t.w, ids[m] * t.w.k, t.w.k, out + m * t.w.k);
+    });
+    return true;
+}
+
+}  // namespace
+
+// Row layout only: K a multiple of the block size, which is a power of two from 32. 1: out of memory.
+KBIT_EXPORT(int32_t, kbit_linear_4bit)(const Task* t) {
+#if defined(KBIT_AVX512BF16)
+    if (t->dtype == BF16) return !product<Bf16Lane>(*t);
+#endif
+    if (t->dtype == F32) return !product<FloatLane<F32>>(*t);
+    return t->dtype == BF16 ? !product<FloatLane<BF16>>(*t) : !product<FloatLane<F16>>(*t);
+}
+
+// Any layout and block size.
+KBIT_EXPORT(int32_t, kbit_decode_4bit)(const Task* t) {
+    if (t->dtype == F32) decode<F32>(*t);
+    else if (t->dtype == BF16) decode<BF16>(*t);
+    else decode<F16>(*t);
+    return 0;
+}
+
+// Any layout and block size. 1: an index is out of range.
+KBIT_EXPORT(int32_t, kbit_embedding_4bit)(const Task* t) {
+    if (t->dtype == F32) return !embedding<F32>(*t);
+    return t->dtype == BF16 ? !embedding<BF16>(*t) : !embedding<F16>(*t);
+}
