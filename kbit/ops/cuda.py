@@ -53,3 +53,12 @@ def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, out
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
     launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit")
     return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+
+
+def quantizes_4bit(x: Tensor, block_size: int) -> bool:
+    """Whether the Hopper kernel can quantize this tensor."""
+    return capability(x) == (9, 0) and importlib.import_module("kbit.kernels.cuda.quantize_4bit").fits(x, block_size)
+
+
+def quantize_4bit(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    return importlib.import_module("kbit.kernels.cuda.quantize_4bit").quantize_4bit(x, codebook, block_size)

@@ -47,6 +47,8 @@ def quantize_4bit(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Te
     kernel = _kernel("quantize_4bit")
     if kernel is None:
         return blocks.quantize_4bit(x, codebook, block_size)
+    if cuda.quantizes_4bit(x, block_size):
+        return cuda.quantize_4bit(x, codebook, block_size)
     return kernel(x, codebook, block_size)
 
 

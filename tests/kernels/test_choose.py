@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from kbit.ops import backends, choose
 
@@ -71,6 +72,19 @@ def test_hopper_settings_are_valid():
     for rule in rules:
         fields = {key: value for key, value in rule.items() if key not in ("max_m", "max_n")}
         assert Config(**fields).valid(), rule
+
+
+def test_what_the_hopper_kernel_quantizes():
+    pytest.importorskip("triton")
+    from kbit.kernels.cuda.quantize_4bit import fits, settings
+
+    x = torch.ones(4, 256, dtype=torch.bfloat16)
+    assert fits(x, 64) and fits(x.float(), 256) and fits(x.half(), 32)
+    assert not fits(x, 512)  # more than a warp holds
+    assert not fits(x.double(), 64) and not fits(x[:, :100], 32) and not fits(x[:0], 64)
+    assert not fits(x.view(-1)[:100], 64) and not fits(x.view(-1)[1:129], 64)  # a remainder; 2 bytes off a boundary
+    macros = settings("fp4", torch.float16, 64)
+    assert macros["LANES"] == 8 and len(str(macros["CODES"]).split(",")) == 33
 
 
 def test_settings_that_would_hang_are_refused():

@@ -50,6 +50,22 @@ def test_products_at_every_token_count(n, k, name, nested, block_size, dtype):
         close(out, grad.double() @ exact, dtype)
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_quantizes_to_the_oracles_bytes_at_every_block_size(name, dtype):
+    """Whole blocks, which the Hopper kernel takes, and remainders, which it leaves to Triton."""
+    for block_size in (32, 64, 128, 256, 512):
+        for count in (block_size, 7 * block_size, 999 * block_size, 64 * 4097, 999 * block_size + 3):
+            x = torch.randn(count) * torch.randint(1, 1000, (count,)).float().reciprocal()
+            x[::7], x[3::11], x[64:128] = 0.0, -0.0, 0.0
+            x[128:192] *= 1e4
+            x[192:256] *= 1e-7 if dtype == torch.float16 else 1e-39
+            x = x.to(dtype)
+            packed, absmax = blocks.quantize_4bit(x, name, block_size)
+            ours, scales = torch.ops.kbit.quantize_4bit(x.cuda(), name, block_size)
+            assert torch.equal(ours.cpu(), packed) and torch.equal(scales.cpu(), absmax), (block_size, count)
+
+
 def test_results_repeat_bit_for_bit():
     weight, _ = quantized(4096, 4096)
     for m in (1, 16, 64, 256):
