@@ -120,3 +120,37 @@ def test_every_backend_says_why():
     listed = {b.name: b for b in backends()}
     assert {"triton", "cuda", "reference"} <= set(listed) and listed["reference"].active
     assert all(b.reason for b in listed.values())
+
+
+def test_int8_settings_for_hopper_are_valid():
+    pytest.importorskip("triton")
+    from kbit.kernels.cuda import linear_8bit, llm_int8
+
+    for n in (8, 1024, 4096, 8192, 14336, 128256):
+        for k in (16, 4096, 14336, 32768):
+            for m in (1, 8, 16, 17, 32, 64, 128):
+                config = linear_8bit.choose_config(m, n, k, 132)
+                assert config.valid() and config.nt >= min(m, 64), (m, n, k)
+            for m in (1, 65, 128, 129, 256, 1024, 4096, 100_000):
+                for processors in (60, 114, 132):
+                    assert llm_int8.choose_config(m, n, k, processors).valid(), (m, n, k)
+    assert llm_int8.choose_config(256, 4096, 14336, 132).split > 1  # 32 tiles would leave the device empty
+    assert llm_int8.choose_config(4096, 14336, 4096, 132).split == 1
+    assert not llm_int8.Config(256, 5).valid()  # more shared memory than there is
+    assert not llm_int8.Config(256, 4, 2, 2).valid()  # a cluster has one purpose
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_least_outlier_in_16_bits(dtype):
+    import torch
+
+    from kbit.kernels.cuda.llm_int8 import outlier_limit
+
+    dtype = getattr(torch, dtype)
+    every = torch.arange(0x7FFF + 1, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    numbers = ~every.isnan()
+    for threshold in (6.0, 6.01, 2.5, 1e-30, 1e6, 1e39):
+        limit = outlier_limit(threshold, dtype)
+        outliers = (torch.arange(0x7FFF + 1) >= limit) & numbers
+        assert torch.equal(outliers, every >= torch.tensor(threshold)), threshold
+    assert outlier_limit(0.0, dtype) == 0xFFFF

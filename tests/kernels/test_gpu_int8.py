@@ -58,8 +58,8 @@ def test_products_at_every_token_count(n, k, dtype):
 @pytest.mark.parametrize("outliers", [0, 1, 16, 17, 200, 600, 1024])
 def test_any_number_of_outlier_columns(outliers, dtype):
     weight, _ = quantized(300, 1024)
-    x = activations(150, 1024, outliers, dtype)
-    for threshold in (6.0, 0.0, 3.3):
+    for m, threshold in ((150, 6.0), (150, 0.0), (150, 3.3), (600, 6.0)):  # many tokens gather many columns beforehand
+        x = activations(m, 1024, outliers, dtype)
         close(ops.linear_8bit(x, *weight, None, threshold), llm_int8(x, weight, None, threshold), dtype)
 
 
@@ -115,8 +115,10 @@ def test_codes_of_activations_are_the_references(dtype):
         for threshold in (6.0, 0.0, 2.51):
             codes = torch.empty(m, k, dtype=torch.int8, device="cuda")
             rows = torch.empty(m, device="cuda")
-            flags = torch.zeros(k, dtype=torch.uint8, device="cuda") if threshold else None
-            quantize_rows(x, codes, rows, flags, threshold, torch.cuda.current_stream().cuda_stream)
+            flags = torch.full((k,), 7, dtype=torch.uint8, device="cuda") if threshold else None
+            where = None if flags is None else flags.data_ptr()
+            stream = torch.cuda.current_stream().cuda_stream
+            quantize_rows(x, codes.data_ptr(), rows.data_ptr(), where, threshold, stream)
             values = x.float().cpu()
             outlier = values.abs() >= threshold if threshold else torch.zeros_like(values, dtype=torch.bool)
             inner = values.masked_fill(outlier, 0.0)

@@ -104,9 +104,13 @@ def choose_config(m: int, n: int, k: int, processors: int) -> Config:
     return config
 
 
-@functools.cache
-def _processors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: int, m: int, n: int, k: int, fp16: bool, config: Config | None
+) -> tuple[compiler.Launcher, Config, tuple[int, int, int]]:
+    """(kernel, its settings, grid)"""
+    config = config or choose_config(m, n, k, int(torch.cuda.get_device_properties(device).multi_processor_count))
+    return _load(device, config, fp16), config, (-(-n // config.rows), -(-m // config.nt), config.cluster)
 
 
 def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, config: Config | None = None) -> Tensor:
@@ -123,9 +127,8 @@ def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     if rows.stride(1) != 1 or stride % 8 or stride < k:
         rows, stride = rows.contiguous(), k
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    config = config or choose_config(m, n, k, _processors(device))
     fp16 = x.dtype == torch.float16
-    launcher = _load(device, config, fp16)
+    launcher, config, grid = _plan(device, m, n, k, fp16, config)
     map_w = _encode_cached(weight.data_ptr(), _UINT8, k, n, k, (_KS, config.rows), 3)
     map_x = _encode_cached(rows.data_ptr(), _FLOAT16 if fp16 else _BFLOAT16, k, m, stride * 2, (64, config.nt), 3)
     with launcher.lock:
@@ -134,6 +137,5 @@ def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
         values.absmax, values.out = absmax.data_ptr(), out.data_ptr()
         values.bias = None if bias is None else bias.data_ptr()
         values.m, values.n, values.k = m, n, k
-        grid = (-(-n // config.rows), -(-m // config.nt), config.cluster)
         launcher.start(grid, torch.cuda.current_stream(device).cuda_stream)
     return out

@@ -9,13 +9,14 @@
 // Outlier columns: three more warps read x, codes and W at 16 marked columns at a time, and leave the rest
 // x - code * rows in 16 bits, and the codes of W (exact in 16 bits), in shared memory. The scaled sums are already fp32 in the
 // accumulators' registers then, and the same tensor core adds rest W^T to them: the int8 share of an outlier column is
-// taken back and the column counts as it is. All of it runs on the device, for any number of columns.
+// taken back and the column counts as it is. All of it runs on the device, for any number of columns. Where there are more than
+// FEW of them and many tokens, gather_columns.cu has put the first CAPACITY side by side (rest, sub).
 //
 // Where tiles are fewer than multiprocessors, K is split among the SPLIT blocks of a cluster: their parts, scaled to fp32, meet in
 // distributed shared memory and are added in a fixed order; results repeat bit for bit.
 //
-// Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER, SPLIT (1 where CLUSTER is 2). wgmma.h is
-// generated for BN.
+// Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER, SPLIT (1 where CLUSTER is 2), FEW and
+// CAPACITY. wgmma.h is generated for BN.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -119,8 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
 llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w, const u16* __restrict__ x,
          const signed char* __restrict__ codes, const signed char* __restrict__ weight, const float* __restrict__ rows,
-         const float* __restrict__ absmax, const u16* __restrict__ bias, const u8* __restrict__ flags, u16* __restrict__ out,
-         int M, int N, int K, int stride_x, int stride_codes, int group) {
+         const float* __restrict__ absmax, const u16* __restrict__ bias, const u8* __restrict__ flags,
+         const u16* __restrict__ rest, const u16* __restrict__ sub, u16* __restrict__ out, int M, int N, int K, int stride_x, int stride_codes, int group) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
@@ -159,7 +160,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
   asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
 
   if (warp >= CONSUMERS / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 152;");
     if (warp == CONSUMERS / 32) {
       if (lane == 0) {
         int slot = 0, turn = 0;
@@ -239,52 +240,83 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
           turn++;
           const int here = min(OC, count - begin);
           const u32 list = base + LIST_OFFSET + 2 * (begin % LIST);
-          for (int item = me; item < 2 * (BM + BN); item += GATHERERS) {
-            const bool of_x = item < 2 * BM;
-            const int index = of_x ? item : item - 2 * BM, height = of_x ? BM : BN;
-            const int half = index >= height, row = index - half * height;
-            u32 packed[4] = {0, 0, 0, 0};
-            const int wanted = here - 8 * half;
-            if (wanted > 0) {
-              float value[8];
-              if (of_x) {
-                const int m = unit.token0 + row;
-                const bool inside = m < M;
-                u16 raw[8];
-                signed char code[8];
+          if (rest && count > FEW && begin < CAPACITY) {  // they lie side by side already
+            constexpr int ITEMS = (2 * (BM + BN) + GATHERERS - 1) / GATHERERS;
+            uint4 v[ITEMS];
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+              const int item = me + i * GATHERERS, row = item >> 1;
+              const bool of_x = row < BM;
+              const int at = of_x ? min(unit.token0 + row, M - 1) : min(unit.row0 + row - BM, N - 1);
+              if (row < BM + BN) v[i] = *(const uint4*)((of_x ? rest : sub) + (size_t)at * CAPACITY + begin + (item & 1) * 8);
+            }
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+              const int item = me + i * GATHERERS, half = item & 1, row = item >> 1;
+              const bool of_x = row < BM;
+              const u32 to = of_x ? REST_OFFSET + (half * BM + row) * 16 : SUB_OFFSET + (half * BN + row - BM) * 16;
+              if (row < BM + BN) store16(base + to, v[i].x, v[i].y, v[i].z, v[i].w);
+            }
+          } else {
+#pragma unroll 1
+            for (int half = 0; half < 2; half++) {
+              const int wanted = here - 8 * half;
+              u32 column[8];
+#pragma unroll
+              for (int j = 0; j < 8; j++) {
+                u16 c = 0;
+                if (j < wanted) asm volatile("ld.shared.u16 %0, [%1];" : "=h"(c) : "r"(list + 2 * (8 * half + j)));
+                column[j] = c;
+              }
+              // A thread's loads are all under way before the first value is used: latency is what costs here.
+              constexpr int OF_W = (BN + GATHERERS - 1) / GATHERERS, OF_X = (BM + GATHERERS - 1) / GATHERERS;
+              signed char code[OF_W][8];
+#pragma unroll
+              for (int i = 0; i < OF_W; i++) {
+                const signed char* const from = weight + (size_t)min(unit.row0 + me + i * GATHERERS, N - 1) * K;
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
-                  raw[j] = 0;
-                  code[j] = 0;
-                  if (inside && j < wanted) {
-                    u16 column;
-                    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(column) : "r"(list + 2 * (8 * half + j)));
-                    raw[j] = x[(size_t)m * stride_x + column];
-                    code[j] = codes[(size_t)m * stride_codes + column];
-                  }
+                  code[i][j] = 0;
+                  if (j < wanted) code[i][j] = from[column[j]];
                 }
-                const float scale = inside ? rows[m] * STEP : 0.f;
-#pragma unroll
-                for (int j = 0; j < 8; j++) value[j] = __fsub_rn(from_half(raw[j]), __fmul_rn((float)code[j], scale));
-              } else {
-                const int n = min(unit.row0 + row, N - 1);
-                signed char code[8];
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                  code[j] = 0;
-                  if (j < wanted) {
-                    u16 column;
-                    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(column) : "r"(list + 2 * (8 * half + j)));
-                    code[j] = weight[(size_t)n * K + column];
-                  }
-                }
-#pragma unroll
-                for (int j = 0; j < 8; j++) value[j] = (float)code[j];
               }
 #pragma unroll
-              for (int j = 0; j < 4; j++) packed[j] = pack(value[2 * j], value[2 * j + 1]);
+              for (int i = 0; i < OF_W; i++) {
+                const int row = me + i * GATHERERS;
+                u32 v[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) v[j] = pack((float)code[i][2 * j], (float)code[i][2 * j + 1]);
+                if (row < BN) store16(base + SUB_OFFSET + (half * BN + row) * 16, v[0], v[1], v[2], v[3]);
+              }
+              u16 raw[OF_X][8];
+              signed char own[OF_X][8];
+              float scale[OF_X];
+#pragma unroll
+              for (int i = 0; i < OF_X; i++) {
+                const int m = min(unit.token0 + me + i * GATHERERS, M - 1);
+                scale[i] = rows[m] * STEP;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                  raw[i][j] = 0;
+                  own[i][j] = 0;
+                  if (j < wanted) {
+                    raw[i][j] = x[(size_t)m * stride_x + column[j]];
+                    own[i][j] = codes[(size_t)m * stride_codes + column[j]];
+                  }
+                }
+              }
+#pragma unroll
+              for (int i = 0; i < OF_X; i++) {
+                const int row = me + i * GATHERERS;
+                float value[8];
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                  value[j] = j < wanted ? __fsub_rn(from_half(raw[i][j]), __fmul_rn((float)own[i][j], scale[i])) : 0.f;
+                if (row < BM)
+                  store16(base + REST_OFFSET + (half * BM + row) * 16, pack(value[0], value[1]), pack(value[2], value[3]),
+                          pack(value[4], value[5]), pack(value[6], value[7]));
+              }
             }
-            store16(base + (of_x ? REST_OFFSET : SUB_OFFSET) + (half * height + row) * 16, packed[0], packed[1], packed[2], packed[3]);
           }
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
           barrier_arrive(rest_full);
@@ -297,7 +329,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
     const int wg = warp >> 2, g = lane >> 2, t = lane & 3;
     const int local0 = wg * 64 + (warp & 3) * 16 + g;  // this lane's tokens: local0 and local0 + 8
     int slot = 0, turn = 0;
@@ -444,10 +476,10 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
   if (SPLIT > 1) {
     cluster_sync();
     const Unit unit = unit_at(first_unit);
-    constexpr int HEIGHT = BM / SPLIT, PIECES = BN / 4;
+    constexpr int HEIGHT = (BM + SPLIT - 1) / SPLIT, PIECES = BN / 4;
     for (int item = thread; item < HEIGHT * PIECES; item += THREADS) {
       const int row = split * HEIGHT + item / PIECES, m = unit.token0 + row, n = unit.row0 + item % PIECES * 4;
-      if (m >= M || n >= N) continue;
+      if (row >= BM || m >= M || n >= N) continue;
       float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {

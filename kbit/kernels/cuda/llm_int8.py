@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from kbit.kernels.cuda.linear_4bit import _UINT8, _encode_cached, _TensorMap
 _SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
 _BM, _BK = 128, 128
 _THREADS = 384
+# From GATHER_TOKENS tokens on, outlier columns are put side by side where they are more than _FEW; up to _CAPACITY.
+GATHER_TOKENS = 512
+_FEW, _CAPACITY, _GATHER_ROWS = 16, 256, 32
 MAX_K = 32768  # columns that the kernel's bit mask has room for
 
 
@@ -37,7 +41,7 @@ class Config:
 
     def valid(self) -> bool:
         """Whether the kernel compiles with these and fits a multiprocessor."""
-        clusters = (self.cluster, self.split) in ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8))
+        clusters = self.cluster in (1, 2) and 1 <= self.split <= 8 and 1 in (self.cluster, self.split)
         part = self.split == 1 or _BM * (self.bn + 8) * 4 <= self.stages * (_BM + self.bn) * _BK
         sizes = self.bn % 32 == 0 and 32 <= self.bn <= 256 and self.shared_bytes <= _SHARED_LIMIT
         return clusters and part and sizes
@@ -52,17 +56,19 @@ class Config:
 def choose_config(m: int, n: int, k: int, processors: int) -> Config:
     """The settings with the least work on the busiest multiprocessor.
 
-    A step of a tile takes as long as its products, `bn`, but never less than its shared memory needs; a tile costs
-    about four steps more for its epilogue, and eight where parts of K meet. Sharing weights in a cluster pays where
-    many tiles are at work for long (measured on one H200)."""
+    A step of a tile takes as long as its products, `bn`, and about as much as 330 features more for its barriers and
+    loads; a tile, four steps' products for its epilogue, and eight where parts of K meet. Clusters of three and four
+    leave some multiprocessors of a GPU's parts idle. Sharing weights pays where many tiles are at work for long.
+    Fitted to one H200."""
     cluster = 2 if m >= 2048 else 1
     steps = -(-k // _BK)
     best, least = Config(128), float("inf")
     for bn in (256, 224, 192, 128):
-        for split in (1, 2, 4) if cluster == 1 else (1,):
+        for split in (1, 2, 3, 4) if cluster == 1 else (1,):
             config = Config(bn, 4, cluster, split)
-            waves = -(-config.tiles(m, n) * split // (processors // cluster * cluster))
-            cost = waves * (-(-steps // split) * max(bn, 170) + (4 if split == 1 else 8) * bn)
+            room = processors // (cluster * split) if split < 3 else processors * 9 // (10 * split)  # clusters at work
+            waves = -(-config.tiles(m, n) // (cluster * room))
+            cost = waves * (-(-steps // split) * (bn + 330) + (4 if split == 1 else 8) * bn)
             if cost < least:
                 best, least = config, cost
     return best
@@ -101,6 +107,8 @@ class _Arguments(ctypes.Structure):
         ("absmax", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p),
+        ("sub", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("m", ctypes.c_int),
         ("n", ctypes.c_int),
@@ -115,6 +123,7 @@ class _Arguments(ctypes.Structure):
 def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
     bn, shared = config.bn, config.shared_bytes
     macros = {"FP16": int(fp16), "BN": bn, "STAGES": config.stages, "CLUSTER": config.cluster, "SPLIT": config.split}
+    macros |= {"FEW": _FEW, "CAPACITY": _CAPACITY}
     code = compiler.cubin("llm_int8", "sm_90a", macros, {"wgmma.h": wgmma_header(bn, fp16)})
     return compiler.Launcher(compiler.load(code, "llm_int8", shared), _Arguments, _THREADS, shared)
 
@@ -150,24 +159,63 @@ def outlier_limit(threshold: float, dtype: torch.dtype) -> int:
     return bits if threshold > 0 and bits < 0x7FFF else 0xFFFF
 
 
-def quantize_rows(x: Tensor, codes: Tensor, rows: Tensor, flags: Tensor | None, threshold: float, stream: int) -> None:
-    """x: bf16 or fp16 `[M, K]`, rows 16 bytes apart, K a multiple of 8 up to MAX_K -> codes int8 `[M, K]`, rows fp32
-    `[M]`; flags uint8 `[K]`: those of columns with a magnitude of at least `threshold` become 1."""
-    m, k = x.shape
+@functools.cache
+def _memset() -> Any:
+    """The driver's fill: cheaper to call than a tensor of zeros, and captured in a CUDA graph like a kernel."""
+    fill = compiler.driver().cuMemsetD8Async
+    fill.argtypes = [ctypes.c_void_p, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p]
+    return fill
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_launcher(device: int, m: int, k: int, fp16: bool) -> compiler.Launcher:
     threads = 512 if k > 4096 and m < 512 else 256  # few long rows: more threads hide their latency
-    launcher = _load_rows(x.device.index, -(-k // (8 * threads)), threads, x.dtype == torch.float16)
+    return _load_rows(device, -(-k // (8 * threads)), threads, fp16)
+
+
+def quantize_rows(x: Tensor, codes: int, rows: int, flags: int | None, threshold: float, stream: int) -> None:
+    """x: bf16 or fp16 `[M, K]`, rows 16 bytes apart, K a multiple of 8 up to MAX_K -> at these addresses: codes int8
+    `[M, K]`; rows fp32 `[M]`; flags uint8 `[K]`, 1 for columns with a magnitude of at least `threshold`, else 0."""
+    m, k = x.shape
+    launcher = _row_launcher(x.device.index, m, k, x.dtype == torch.float16)
+    if flags is not None:
+        compiler.check(_memset()(flags, 0, k, stream), "clearing the flags of outlier columns")
     with launcher.lock:
         values = launcher.values
-        values.x, values.codes, values.rows = x.data_ptr(), codes.data_ptr(), rows.data_ptr()
-        values.flags = None if flags is None else flags.data_ptr()
+        values.x, values.codes, values.rows, values.flags = x.data_ptr(), codes, rows, flags
         values.k, values.stride_x = k, x.stride(0) if m > 1 else k
-        values.limit = outlier_limit(threshold, x.dtype) if flags is not None else 0xFFFF
+        values.limit = 0xFFFF if flags is None else outlier_limit(threshold, x.dtype)
         launcher.start((m, 1, 1), stream)
 
 
+class _GatherArguments(ctypes.Structure):
+    """The parameters of gather_columns.cu, in its order."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "weight", "rows", "flags", "rest", "sub")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "stride_x")),
+    ]
+
+
 @functools.cache
-def _processors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _load_gather(device: int, fp16: bool) -> compiler.Launcher:
+    macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "FEW": _FEW, "ROWS": _GATHER_ROWS}
+    code = compiler.cubin("gather_columns", "sm_90a", macros, {})
+    return compiler.Launcher(compiler.load(code, "gather_columns", 0), _GatherArguments, _CAPACITY, 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: int, m: int, n: int, k: int, fp16: bool, config: Config | None
+) -> tuple[compiler.Launcher, Config, int]:
+    """(kernel, its settings, how many blocks to launch)"""
+    processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    config = config or choose_config(m, n, k, processors)
+    # Blocks walk over tiles, but for those that split K: these have one each.
+    blocks = config.tiles(m, n) * config.split
+    if config.split == 1:
+        blocks = min(processors // config.cluster * config.cluster, blocks)
+    return _load(device, config, fp16), config, blocks
 
 
 def llm_int8(
@@ -184,31 +232,41 @@ def llm_int8(
     m = inner.shape[0]
     if inner.stride(1) != 1 or (m > 1 and (inner.stride(0) % 8 or inner.stride(0) < k)):
         inner = inner.contiguous()
-    config = config or choose_config(m, n, k, _processors(device))
+    launcher, config, blocks = _plan(device, m, n, k, x.dtype == torch.float16, config)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    rows = torch.empty(m, dtype=torch.float32, device=x.device)
-    flags = torch.zeros(k, dtype=torch.uint8, device=x.device) if threshold > 0 else None
+    # One allocation: codes [M, K], flags [K], row scales [M]; K is a multiple of 16, so each starts on such a boundary.
+    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY].
+    marked = threshold > 0
+    gathered = marked and m >= GATHER_TOKENS
+    start = (m * k + k + 4 * m + 15) // 16 * 16
+    size = start + (m + n) * _CAPACITY * 2 if gathered else start
+    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    codes = scratch.data_ptr()
+    rows = codes + m * k + k
+    flags = codes + m * k if marked else None
+    rest = codes + start if gathered else None
+    sub = codes + start + m * _CAPACITY * 2 if gathered else None
     stream = torch.cuda.current_stream(device).cuda_stream
     quantize_rows(inner, codes, rows, flags, threshold, stream)
+    if gathered:
+        gather = _load_gather(device, x.dtype == torch.float16)
+        with gather.lock:
+            values = gather.values
+            values.x, values.codes, values.weight = inner.data_ptr(), codes, weight.data_ptr()
+            values.rows, values.flags, values.rest, values.sub = rows, flags, rest, sub
+            values.m, values.n, values.k, values.stride_x = m, n, k, inner.stride(0)
+            gather.start((-(-m // _GATHER_ROWS) + -(-n // _GATHER_ROWS), 1, 1), stream)
 
-    launcher = _load(device, config, x.dtype == torch.float16)
-    map_a = _encode_cached(codes.data_ptr(), _UINT8, k, m, k, (_BK, _BM), 3)
+    map_a = _encode_cached(codes, _UINT8, k, m, k, (_BK, _BM), 3)
     map_w = _encode_cached(weight.data_ptr(), _UINT8, k, n, k, (_BK, config.bn // config.cluster), 3)
     with launcher.lock:
         values = launcher.values
         values.map_a, values.map_w = map_a, map_w
-        values.x, values.codes, values.weight = inner.data_ptr(), codes.data_ptr(), weight.data_ptr()
-        values.rows, values.absmax = rows.data_ptr(), absmax.data_ptr()
+        values.x, values.codes, values.weight = inner.data_ptr(), codes, weight.data_ptr()
+        values.rows, values.absmax = rows, absmax.data_ptr()
         values.bias = None if bias is None else bias.data_ptr()
-        values.flags = None if flags is None else flags.data_ptr()
-        values.out = out.data_ptr()
+        values.flags, values.rest, values.sub, values.out = flags, rest, sub, out.data_ptr()
         values.m, values.n, values.k = m, n, k
-        values.stride_x, values.stride_codes = inner.stride(0), k
-        values.group = config.group
-        # Blocks walk over tiles, but for those that split K: these have one each.
-        blocks = config.tiles(m, n) * config.split
-        if config.split == 1:
-            blocks = min(_processors(device) // config.cluster * config.cluster, blocks)
+        values.stride_x, values.stride_codes, values.group = inner.stride(0), k, config.group
         launcher.start((blocks, 1, 1), stream)
     return out

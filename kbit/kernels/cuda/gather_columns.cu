@@ -1,0 +1,79 @@
+// Many outlier columns of LLM.int8(): what llm_int8.cu adds for them, side by side instead of a row's length apart.
+//
+// rest[M, CAPACITY] = x - code * scale at the marked columns, in order, and sub[N, CAPACITY] = codes of W there, both in 16
+// bits, zeros up to a multiple of 16 columns. With at most FEW columns nothing is written: the product reads those itself,
+// as it does the columns beyond CAPACITY. A block takes ROWS rows of the one or the other.
+//
+// Compile-time settings: FP16, CAPACITY (columns, and threads a block), FEW, ROWS.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#if FP16
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
+#else
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
+#endif
+
+extern "C" __global__ void __launch_bounds__(CAPACITY)
+gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes, const signed char* __restrict__ weight,
+               const float* __restrict__ rows, const u8* __restrict__ flags, u16* __restrict__ rest, u16* __restrict__ sub,
+               int M, int N, int K, int stride_x) {
+  __shared__ u32 sums[CAPACITY / 32];
+  __shared__ int list[CAPACITY];
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+
+  // A thread looks at neighbouring pieces of 16 flags, so that the list is in the order of the columns.
+  const int pieces = K / 16, share = (pieces + CAPACITY - 1) / CAPACITY, first = thread * share;
+  u32 own = 0;
+  for (int i = first; i < min(first + share, pieces); i++) {
+    const uint4 f = ((const uint4*)flags)[i];  // bytes are 0 or 1
+    own += __popc(f.x) + __popc(f.y) + __popc(f.z) + __popc(f.w);
+  }
+  u32 place = own;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const u32 v = __shfl_up_sync(~0u, place, d);
+    if (lane >= d) place += v;
+  }
+  if (lane == 31) sums[warp] = place;
+  __syncthreads();
+  u32 count = 0;
+  place -= own;
+#pragma unroll
+  for (int w = 0; w < CAPACITY / 32; w++) {
+    if (w < warp) place += sums[w];
+    count += sums[w];
+  }
+  if (count <= FEW) return;
+  if (own)
+    for (int k = first * 16; k < min((first + share) * 16, K) && place < CAPACITY; k++)
+      if (flags[k]) list[place++] = k;
+  __syncthreads();
+  const int here = min((int)count, CAPACITY);
+  if (thread >= (here + 15) / 16 * 16) return;
+  const int column = thread < here ? list[thread] : 0;
+
+  const int blocks_x = (M + ROWS - 1) / ROWS;
+  const bool of_x = blockIdx.x < blocks_x;
+  const int row0 = (of_x ? blockIdx.x : blockIdx.x - blocks_x) * ROWS, height = min(ROWS, (of_x ? M : N) - row0);
+  u16* const to = (of_x ? rest : sub) + (size_t)row0 * CAPACITY + thread;
+#pragma unroll 8
+  for (int r = 0; r < height; r++) {
+    float value = 0.f;
+    if (thread < here) {
+      if (of_x) {
+        const size_t m = row0 + r;
+        const float scale = rows[m] * 0.007874015748031496f;
+        value = __fsub_rn(from_half(x[m * stride_x + column]), __fmul_rn((float)codes[m * K + column], scale));
+      } else {
+        value = (float)weight[(size_t)(row0 + r) * K + column];
+      }
+    }
+    to[(size_t)r * CAPACITY] = to_half(value);
+  }
+}
