@@ -9,6 +9,7 @@ CUDA graphs, and kbit both ways.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +171,38 @@ def block_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def gradients(layer: torch.nn.Module, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """One forward and backward: gradients to the input and to the weight."""
+    return torch.autograd.grad(layer(x), (x, weight), grad)
+
+
+def training_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forward and backward of one layer that trains its weight, as a user calls it."""
+    rows = []
+    for n, k in args.shapes or SHAPES[:2]:
+        for m in (2048, 8192):
+            linear = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
+            x = activations(m, k, 0).requires_grad_()
+            grad = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+            layers: dict[str, torch.nn.Module] = {
+                "bf16": linear,
+                "SwitchBackLinear": kbit.SwitchBackLinear.from_linear(linear),
+                "SwitchBackLinear, 16-bit gradient": kbit.SwitchBackLinear.from_linear(linear, int8_gradient=False),
+            }
+            row: dict[str, Any] = {"n": n, "k": k, "m": m}
+            exact: tuple[Tensor, ...] = ()
+            for label, layer in layers.items():
+                found = gradients(layer, x, linear.weight, grad)
+                exact = exact or found
+                for name, ours, theirs in zip(("input", "weight"), found, exact, strict=True):
+                    verify.require_close(f"gradient to the {name} of {label}", ours, theirs, WHOLE)
+                step = functools.partial(gradients, layer, x, linear.weight, grad)
+                row[label] = timing.eager([step] * 4, args.repetitions).to_json()
+            rows.append(row)
+            print(f"{n:6} x {k:5} {m:5}  " + "  ".join(f"{lb} {row[lb]['us']:.0f}" for lb in layers), flush=True)
+    return rows
+
+
 def plot(result: dict[str, Any], path: str) -> None:
     """Speed over bf16 against tokens, one panel a shape."""
     import matplotlib
@@ -202,4 +235,4 @@ def plot(result: dict[str, Any], path: str) -> None:
 
 @register("linear8bit", plot)
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return {"rows": measure(args), "blocks": block_rows(args)}
+    return {"rows": measure(args), "blocks": block_rows(args), "training": training_rows(args)}
