@@ -91,6 +91,25 @@ def test_every_hopper_setting():
                 close(few.linear_8bit(x, *weight, bias, config), x.double() @ exact.T + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_experts(dtype):
+    weight = [quantized(96, 128) for _ in range(6)]
+    codes, scales = (torch.stack([w[0][i] for w in weight]) for i in (0, 1))
+    for counts in ([0, 3, 40, 1, 0, 16], [100] * 6, [0] * 6):
+        offsets = torch.tensor(counts, device="cuda").cumsum(0).int()
+        s = sum(counts) + 2  # two rows of no expert
+        x, grad = (torch.randn(s, width, device="cuda").to(dtype) for width in (128, 96))
+        bias = torch.randn(6, 96, device="cuda").to(dtype)
+        exact = torch.cat([w[1][None].expand(c, -1, -1) for w, c in zip(weight, counts, strict=True)])
+        out = ops.experts_8bit(x, offsets, codes, scales, bias)
+        back = torch.ops.kbit.experts_8bit_grad_input(grad, offsets, codes, scales)
+        assert (out[-2:] == 0).all() and (back[-2:] == 0).all()
+        if len(exact):
+            owner = torch.repeat_interleave(torch.tensor(counts, device="cuda"))
+            close(out[:-2], (exact @ x[:-2].double()[..., None])[..., 0] + bias.double()[owner], dtype)
+            close(back[:-2], (grad[:-2].double()[:, None] @ exact)[:, 0], dtype)
+
+
 def test_bytes_are_those_of_the_cpu():
     for shape, dtype in (((300, 4096), torch.float16), ((64, 14336), torch.bfloat16), ((33, 100), torch.float32)):
         x = torch.randn(shape).to(dtype)
