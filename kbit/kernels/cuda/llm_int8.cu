@@ -405,7 +405,9 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
           asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
           for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-          if ((thread & 127) == 0) barrier_arrive(rest_empty);
+          // The last ones are given back after the epilogue: what the next tile needs is then fetched under its products,
+          // instead of holding up the stores of this one.
+          if (begin_c + OC < outliers && (thread & 127) == 0) barrier_arrive(rest_empty);
         }
       }
       if (SPLIT > 1) {  // the part goes where the stages were, once no warpgroup reads those
@@ -469,6 +471,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         }
         __syncwarp();
       }
+      if (outliers > 0 && (thread & 127) == 0) barrier_arrive(rest_empty);
     }
   }
   __syncwarp();
