@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     if theirs is not None and count in (0, 6):
                         error = verify.require_close(f"bitsandbytes, {what}", theirs.call(x, 0), exact, WHOLE)
                         row[f"bitsandbytes int8, {count} outliers"] = {
-                            **timing.eager(theirs.calls(x, chain), min(args.repetitions, 7)).to_json(),
+                            **timing.eager(theirs.calls(x, chain), min(args.repetitions, 5)).to_json(),
                             "error_of_bf16_product": float(f"{error:.3g}"),
                         }
                     if count:

@@ -62,9 +62,11 @@ quantize_rows(const u16* __restrict__ x, u8* __restrict__ codes, float* __restri
         const u32 bits = word[j >> 1] >> shift & 0x7fff;
         if (bits >= (limit & 0xffff) && bits <= INFINITE) {
           word[j >> 1] &= ~(0xffffu << shift);  // an outlier counts as zero from here on
-          // A flag that is set is left alone: thousands of rows share a few columns, and stores to one address queue up.
-          u8* const flag = flags + (v * THREADS + thread) * 8 + j;
-          if (*(volatile u8*)flag == 0) *flag = 1;
+          // A flag that is set is left alone: thousands of rows share a few columns, and writes to one address queue up
+          // (plain stores far more than reductions in L2).
+          u32* const flag = (u32*)(flags + (v * THREADS + thread) * 8 + (j & 4));
+          const u32 bit = 1u << 8 * (j & 3);
+          if (!(__ldcg(flag) & bit)) asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(flag), "r"(bit) : "memory");
         }
       }
 #pragma unroll
