@@ -105,12 +105,12 @@ def expected_llm_int8(x, codes, scales, threshold, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["none", "six", "many", "all"])
-@pytest.mark.parametrize("m, n, k", [(20, 24, 128), (5, 37, 99), (70, 9, 260)])
+@pytest.mark.parametrize("m, n, k", [(20, 24, 128), (5, 37, 99), (40, 9, 260)])
 def test_llm_int8(m, n, k, kind, dtype, device):
     codes, scales, _ = weight_of(n, k, device)
     x, bias = activations(kind, m, k).to(dtype), torch.randn(n).to(dtype)
     tile = Tile(32, 32, 64, 1, 4, 2)
-    for threshold in (6.0, 0.0, 2.5):
+    for threshold in (6.0, 0.0, 2.5) if kind == "six" else (6.0,):
         out = llm_int8(x.to(device), codes, scales, bias.to(device), threshold, tile)
         close(out, expected_llm_int8(x, codes, scales, threshold, bias), dtype)
 
