@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.registry import BENCHMARKS
 
-MODULES = ("benchmarks.linear4bit", "benchmarks.linear8bit")
+MODULES = ("benchmarks.linear4bit", "benchmarks.linear8bit", "benchmarks.experts")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -35,11 +35,16 @@ def environment() -> dict[str, Any]:
             module = importlib.util.find_spec(package) and importlib.import_module(package)
             versions[package] = getattr(module, "__version__", None) if module else None
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "date": datetime.date.today().isoformat(),
         "versions": versions,
     }
+
+
+def gpu_name() -> str:
+    """The GPU's name as files bear it."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
 def main() -> None:
@@ -61,8 +66,7 @@ def main() -> None:
     torch.manual_seed(0)
     result = {**environment(), **benchmark.run(args)}
     args.out.mkdir(parents=True, exist_ok=True)
-    gpu = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = args.out / f"{args.name}-{gpu}.json"
+    path = args.out / f"{args.name}-{gpu_name()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
     if benchmark.plot is not None:

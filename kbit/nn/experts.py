@@ -112,7 +112,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     # on a GPU, it repeats bit for bit.
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
     wide = torch.promote_types(out.dtype, torch.float32)
-    out = out[row_of].view(tokens, k, -1).to(wide) * top_k_weights.to(wide).unsqueeze(-1)
+    out = out[row_of].view(tokens, k, -1) * top_k_weights.to(wide).unsqueeze(-1)
     return out.sum(dim=1).to(hidden_states.dtype)
 
 

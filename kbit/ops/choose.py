@@ -101,3 +101,35 @@ def cpu_slice_rows(m: int, dtype: torch.dtype) -> int:
 def cpu_slice_columns(n: int, block_size: int, dtype: torch.dtype) -> int:
     """Columns of W [N, K] in a slice for the gradient: whole blocks, and bytes that a cache holds."""
     return max(1, CPU_SLICE_BYTES // (n * dtype.itemsize * 256)) * max(256, block_size)
+
+
+# Rows an expert, on average, up to which its weight is decoded inside the product; above, decoding all experts once and
+# the vendor's grouped product is faster. The Hopper kernel keeps up for longer.
+EXPERT_ROWS = 64
+HOPPER_EXPERT_ROWS = 256
+EXPERT_GRAD_ROWS = 16
+
+
+def experts_4bit_path(
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    block_size: int,
+    dtype_bytes: int,
+    capability: tuple[int, int] | None,
+    grouped: bool,
+    aligned: bool = True,
+) -> str:
+    """How a GPU multiplies `rows` sorted by expert with `W [E, N, K]`: "hopper", "triton" or "grouped_mm" (decode, then
+    torch's grouped product, where `grouped` says that it can). The other arguments as in `linear_4bit_path`."""
+    share = -(-rows // max(experts, 1))
+    reads = dtype_bytes == 2 and block_size >= 64 and k % block_size == 0
+    if capability == (9, 0) and aligned and reads and share <= HOPPER_EXPERT_ROWS:
+        return "hopper"
+    return "grouped_mm" if grouped and share > EXPERT_ROWS else "triton"
+
+
+def experts_path(rows: int, experts: int, grouped: bool, limit: int) -> str:
+    """ "triton" or "grouped_mm" for the other products over experts: up to `limit` rows an expert the former."""
+    return "grouped_mm" if grouped and rows > limit * experts else "triton"

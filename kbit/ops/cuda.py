@@ -50,6 +50,12 @@ def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, out
     return launcher.llm_int8(x, weight, absmax, bias, outlier_threshold)
 
 
+def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit")
+    scales = (absmax, nested_absmax, nested_offset)
+    return launcher.linear_4bit(x, weight, *scales, bias, codebook, block_size, n, offsets=offsets)
+
+
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
     launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit")
     return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbit.formats import blocks
-from kbit.ops import choose, cuda, reference
+from kbit.ops import choose, cuda, experts, reference
 from kbit.ops.schemas import library, tokens
 
 # torch's name for the kernels of NVIDIA and AMD GPUs, and of Intel's.
@@ -122,20 +122,6 @@ def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tens
     return grad @ dequantize_int8(weight, absmax, grad.dtype)
 
 
-def experts_8bit(x, offsets, weight, absmax, bias):  # type: ignore[no-untyped-def]
-    kernel = _kernel("experts_8bit")
-    if kernel is None or x.dtype not in _DTYPES or not x.shape[1]:
-        return reference.experts_8bit(x, offsets, weight, absmax, bias)
-    return kernel(x, offsets, weight, absmax, bias)
-
-
-def experts_8bit_grad_input(grad, offsets, weight, absmax):  # type: ignore[no-untyped-def]
-    if _kernel("experts_8bit") is None or grad.dtype not in _DTYPES or not grad.shape[1]:
-        return reference.experts_8bit_grad_input(grad, offsets, weight, absmax)
-    module = importlib.import_module("kbit.kernels.triton.experts_8bit")
-    return module.experts_8bit_grad_input(grad, offsets, weight, absmax)
-
-
 def embedding_8bit(ids: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     rows = ids.reshape(-1).long()
     # index_select refuses a row that does not exist.
@@ -153,8 +139,7 @@ IMPLEMENTATIONS = {
     "linear_8bit": linear_8bit,
     "linear_8bit_grad_input": linear_8bit_grad_input,
     "embedding_8bit": embedding_8bit,
-    "experts_8bit": experts_8bit,
-    "experts_8bit_grad_input": experts_8bit_grad_input,
+    **experts.IMPLEMENTATIONS,
 }
 
 for _name, _function in IMPLEMENTATIONS.items():

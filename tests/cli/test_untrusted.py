@@ -117,6 +117,8 @@ def test_bench_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "CUDA GPU" in sentence(kbit(capsys, "bench", "linear4bit"))
+    assert "tuning needs a GPU" in sentence(kbit(capsys, "bench", "--tune"))
+    assert "belong to --tune" in sentence(kbit(capsys, "bench", "--output", "x.json"))
     monkeypatch.setattr(bench, "checkout", lambda: tmp_path)
     assert "need a checkout" in sentence(kbit(capsys, "bench", "linear4bit"))
 

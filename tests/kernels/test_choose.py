@@ -154,3 +154,45 @@ def test_least_outlier_in_16_bits(dtype):
         outliers = (torch.arange(0x7FFF + 1) >= limit) & numbers
         assert torch.equal(outliers, every >= torch.tensor(threshold)), threshold
     assert outlier_limit(0.0, dtype) == 0xFFFF
+
+
+def test_products_over_experts():
+    def path(rows, **other):
+        options = {"experts": 8, "n": 512, "k": 256, "block_size": 64, "dtype_bytes": 2, "capability": None}
+        return choose.experts_4bit_path(rows, **{**options, "grouped": False, **other})
+
+    assert path(2) == path(10**6) == "triton"
+    assert path(8 * choose.EXPERT_ROWS, grouped=True) == "triton"
+    assert path(8 * choose.EXPERT_ROWS + 1, grouped=True) == "grouped_mm"
+    assert (
+        path(2, capability=(9, 0)) == path(8 * choose.HOPPER_EXPERT_ROWS, capability=(9, 0), grouped=True) == "hopper"
+    )
+    assert path(10**6, capability=(9, 0), grouped=True) == "grouped_mm"
+    for other in ({"dtype_bytes": 4}, {"block_size": 32}, {"k": 100}, {"aligned": False}):
+        assert path(2, capability=(9, 0), **other) == "triton"
+    assert choose.experts_path(8 * 16, 8, True, 16) == choose.experts_path(10**6, 8, False, 16) == "triton"
+    assert choose.experts_path(8 * 16 + 1, 8, True, 16) == "grouped_mm"
+
+
+def test_tiles_shrink_to_the_shared_memory_there_is():
+    pytest.importorskip("triton")
+    from kbit.kernels.triton.tiles import Tile, fit
+
+    tile = Tile(bm=64, bn=128, bk=128, stages=4)
+    assert fit(tile, 2, 10**6) == tile
+    assert fit(tile, 2, 100_000).stages == 2 and fit(tile, 2, 100_000).bn == 128
+    small = fit(tile, 4, 40_000)
+    assert small.stages == 1 and small.bn == 16 and small.bm == 64
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"linear_4bit": []}', '{"linear_4bit": [{"max_m": 1, "bm": "x"}]}'])
+def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, text):
+    pytest.importorskip("triton")
+    from kbit.kernels.triton import tiles
+
+    monkeypatch.setenv("KBIT_TUNED", str(tmp_path))
+    (tmp_path / "my-gpu.json").write_text(text)
+    tiles.forget()
+    with pytest.raises(ValueError, match=r"my-gpu\.json is no file of tiles"):
+        tiles.rules("My GPU")
+    tiles.forget()

@@ -9,7 +9,10 @@
 // warpgroups (WR along N, 64 rows each; WK take turns along K) decode block i + 1 while the tensor cores work on block i. CLUSTER
 // thread blocks may split K; parts meet in distributed shared memory, in a fixed order: results repeat bit for bit.
 //
-// Compile-time settings: FP16, NT (tokens a tile), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
+// GROUPED: W holds several experts, [E, N, K], and x's rows are sorted by expert. blockIdx.y counts tiles of NT rows through
+// all experts; `offsets` says where each expert's rows end, and rows after the last of them are nobody's: they become 0.
+//
+// Compile-time settings: FP16, GROUPED, NT (tokens a tile), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
 // multiprocessor), NESTED (double-quantized scales; then DYNAMIC_MAP, their 256 levels), ACC_SCALE (scales multiply the accumulator in fp32; else the weights
 // in 16 bits, for many tokens), REGISTERS (what a consumer thread takes over from the producer; 0: none), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
@@ -114,13 +117,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 #endif
 linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const void* __restrict__ absmax,
             const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
-            u16* __restrict__ out, int M, int N, int K, int block_shift) {
+            u16* __restrict__ out, int M, int N, int K, int block_shift, const int* __restrict__ offsets, int experts) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 x_base = base + STAGES * W_BYTES;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
-  const int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * NT;
+  const int row0 = blockIdx.x * ROWS;
+  int token0 = blockIdx.y * NT, weight_row0 = row0;  // of all experts' rows
   const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
 
   // This block's stages. With one block a stage the loop below needs an even number of them; the copy engine fills what
@@ -129,13 +133,13 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
   const int all = ((K + KS - 1) / KS + EVEN - 1) / EVEN * EVEN;
   const int share = ((all + CLUSTER - 1) / CLUSTER + EVEN - 1) / EVEN * EVEN;
   const int begin = min(all, (int)rank * share);
-  const int steps = min(share, all - begin);
+  int steps = min(share, all - begin);
 
   auto fetch = [&](int step, int slot) {
     const int k = (begin + step) * KS;
     const u32 bar = full + 8 * slot;
     barrier_expect(bar, W_BYTES + X_STAGE);
-    copy_tile(base + slot * W_BYTES, &map_w, k / 2, row0, bar);
+    copy_tile(base + slot * W_BYTES, &map_w, k / 2, weight_row0, bar);
 #pragma unroll
     for (int c = 0; c < KS / 64; c++) copy_tile(x_base + slot * X_STAGE + c * X_BYTES, &map_x, k + 64 * c, token0, bar);
   };
@@ -146,7 +150,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
     }
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
     // A read into L2 is harmless even where the kernel before this one still writes these codes.
-    for (int step = 0; step < STAGES && step < steps; step++) prefetch_tile(&map_w, (begin + step) * KS / 2, row0);
+    for (int step = 0; !GROUPED && step < STAGES && step < steps; step++) prefetch_tile(&map_w, (begin + step) * KS / 2, row0);
   }
   if (thread < 128 * GROUPS) {
     for (int i = thread; i < 2048; i += 128 * GROUPS) {  // 16 bytes each: a quarter of an entry's row of 32 copies
@@ -160,6 +164,32 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
   }
   // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
   asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+#if GROUPED
+  int expert = -1;  // whose tile this is; `experts`: nobody's
+  for (int e0 = 0, before = 0; e0 <= experts && expert < 0; e0 += 32) {
+    const int e = e0 + lane;
+    const int from = e > 0 && e <= experts ? offsets[e - 1] : 0, to = e < experts ? offsets[e] : M;
+    const int tiles = e <= experts ? (to - from + NT - 1) / NT : 0;
+    int last = tiles;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, last, d);
+      if (lane >= d) last += other;
+    }
+    const u32 found = __ballot_sync(~0u, (int)blockIdx.y < before + last);
+    if (found) {
+      const int at = __ffs(found) - 1;
+      expert = e0 + at;
+      token0 = __shfl_sync(~0u, from, at) + ((int)blockIdx.y - before - __shfl_sync(~0u, last - tiles, at)) * NT;
+      M = __shfl_sync(~0u, to, at);
+    }
+    before += __shfl_sync(~0u, last, 31);
+  }
+  if (expert < 0) return;
+  weight_row0 += expert * N;
+  bias = expert < experts && bias ? bias + (size_t)expert * N : nullptr;
+  if (expert == experts) steps = 0;
+#endif
   if (thread == 128 * GROUPS)
     for (int step = 0; step < STAGES && step < steps; step++) fetch(step, step);
   __syncthreads();
@@ -198,7 +228,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
 #pragma unroll
     for (int v = 0; v < VALUES; v++) {
       const int row = row0 + local0 + 8 * (my_row + v);
-      first[v] = (u32)row * (u32)(K >> block_shift);
+      first[v] = (u32)(row + weight_row0 - row0) * (u32)(K >> block_shift);
       last_k[v] = row < N ? min(K, (begin + steps) * KS) : 0;
     }
     auto fetch_scales = [&](int step) {

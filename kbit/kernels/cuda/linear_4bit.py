@@ -1,4 +1,4 @@
-"""Launcher of `linear_4bit.cu`: tensor maps, settings by shape, compilation and launch on the current stream."""
+"""Launcher of `linear_4bit.cu`, for one weight or those of experts: tensor maps, settings by shape, launch."""
 
 from __future__ import annotations
 
@@ -78,12 +78,15 @@ def wgmma_header(nt: int, fp16: bool) -> str:
 """
 
 
-def settings(config: Config, name: str, dtype: torch.dtype, nested: bool) -> tuple[dict[str, object], dict[str, str]]:
+def settings(
+    config: Config, name: str, dtype: torch.dtype, nested: bool, grouped: bool = False
+) -> tuple[dict[str, object], dict[str, str]]:
     """(macros, headers) to compile the kernel with."""
     fp16 = dtype == torch.float16
     bits = codebook(name).to(dtype).view(torch.int16).tolist()
     macros: dict[str, object] = {
         "FP16": int(fp16),
+        "GROUPED": int(grouped),
         "NT": config.nt,
         "WR": config.wr,
         "WK": config.wk,
@@ -144,6 +147,8 @@ class _Arguments(ctypes.Structure):
         ("n", ctypes.c_int),
         ("k", ctypes.c_int),
         ("block_shift", ctypes.c_int),
+        ("offsets", ctypes.c_void_p),
+        ("experts", ctypes.c_int),
     ]
 
 
@@ -151,8 +156,8 @@ _lock = threading.Lock()
 
 
 @functools.cache
-def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> compiler.Launcher:
-    macros, headers = settings(config, name, dtype, nested)
+def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool, grouped: bool) -> compiler.Launcher:
+    macros, headers = settings(config, name, dtype, nested, grouped)
     code = compiler.cubin("linear_4bit", "sm_90a", macros, headers)
     function = compiler.load(code, "linear_4bit", config.shared_bytes)
     return compiler.Launcher(function, _Arguments, config.threads, config.shared_bytes)
@@ -160,12 +165,22 @@ def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bo
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    device: int, m: int, n: int, k: int, name: str, dtype: torch.dtype, nested: bool, config: Config | None
+    device: int,
+    m: int,
+    n: int,
+    k: int,
+    name: str,
+    dtype: torch.dtype,
+    nested: bool,
+    config: Config | None,
+    experts: int,
 ) -> tuple[Config, compiler.Launcher]:
-    """Settings and loaded kernel of a product on the current device; compiled at first use."""
+    """Settings and loaded kernel of a product on the current device; compiled at first use. experts: 0 for one."""
+    if config is None and experts:  # tiles with room for twice an expert's share, as many as experts can have rows
+        config = choose_config(device, min(m, 2 * -(-m // experts)), n * min(m, experts), k)
     config = config or choose_config(device, m, n, k)
     with _lock:
-        return config, _load(device, config, name, dtype, nested)
+        return config, _load(device, config, name, dtype, nested, experts > 0)
 
 
 # A map depends on address and shape alone, so it stays right whatever tensor lives there.
@@ -205,9 +220,11 @@ def linear_4bit(
     block_size: int,
     n: int,
     config: Config | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """x: bf16 or fp16 `[..., K]`, weight: row layout `[N, K/2]` with K a multiple of the block size (at least 64);
-    both start on 16-byte boundaries. -> `[..., N]`."""
+    both start on 16-byte boundaries. -> `[..., N]`. offsets: int32 `[E]`, where the rows of each expert end; then x is
+    `[S, K]`, weight `[E, N, K/2]`, bias `[E, N]`."""
     k = x.shape[-1]
     rows = x.reshape(-1, k)
     m, device = rows.shape[0], x.device.index
@@ -216,12 +233,16 @@ def linear_4bit(
         rows, stride = rows.contiguous(), k
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, name, block_size, n, config)
+            scales = (absmax, nested_absmax, nested_offset)
+            return linear_4bit(x, weight, *scales, bias, name, block_size, n, config, offsets)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     nested = nested_absmax is not None
-    config, launcher = _plan(device, m, n, k, name, x.dtype, nested, config)
+    experts = 0 if offsets is None else offsets.shape[0]
+    config, launcher = _plan(device, m, n, k, name, x.dtype, nested, config, experts)
     box = config.ks // 2
-    map_w = _encode_cached(weight.data_ptr(), _UINT8, k // 2, n, k // 2, (box, config.rows), _SWIZZLE[box])
+    map_w = _encode_cached(
+        weight.data_ptr(), _UINT8, k // 2, n * max(experts, 1), k // 2, (box, config.rows), _SWIZZLE[box]
+    )
     kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
     map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, (64, config.nt), 3)
     with launcher.lock:
@@ -232,6 +253,9 @@ def linear_4bit(
         values.offset = None if nested_offset is None else nested_offset.data_ptr()
         values.bias = None if bias is None else bias.data_ptr()
         values.m, values.n, values.k, values.block_shift = m, n, k, block_size.bit_length() - 1
-        grid = (-(-n // config.rows), -(-m // config.nt), config.cluster)
+        values.offsets, values.experts = None if offsets is None else offsets.data_ptr(), experts
+        # Of rows of experts: the most tiles that there can be, nobody's rows included.
+        tiles = min(m, experts + 1 + m // config.nt) if experts else -(-m // config.nt)
+        grid = (-(-n // config.rows), tiles, config.cluster)
         launcher.start(grid, torch.cuda.current_stream(device).cuda_stream)
     return out

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kbit.formats.codebooks import codebook
+from kbit.kernels.triton import tiles
 from kbit.kernels.triton.common import NO_FMA, load_scale, on_device, scales_of
-
-_TILE = 2048  # elements a program handles (more where one block is more)
 
 
 @triton.jit
@@ -54,6 +53,7 @@ def dequantize_4bit(
     block_size: int,
     shape: Sequence[int],
     dtype: torch.dtype,
+    tile: tiles.Tile | None = None,
 ) -> Tensor:
     """packed: uint8 bytes in flat order, any shape -> `shape`, in `dtype` (fp32, fp16 or bf16)."""
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
@@ -61,7 +61,8 @@ def dequantize_4bit(
     if count:
         packed = packed.contiguous()
         scales = scales_of(absmax, nested_absmax, nested_offset)
-        blocks, rows = -(-count // block_size), max(1, _TILE // block_size)
+        tile = tile or tiles.choose("dequantize_4bit", packed, 1, count, 1)
+        blocks, rows = -(-count // block_size), max(1, tile.bn // block_size)
         with on_device(packed):
             dequantize_4bit_kernel[(triton.cdiv(blocks, rows),)](
                 packed,
@@ -77,7 +78,7 @@ def dequantize_4bit(
                 NESTED=scales.nested,
                 BLOCK=block_size,
                 ROWS=rows,
-                num_warps=2,
+                num_warps=tile.warps,
                 **NO_FMA,
             )
     return out

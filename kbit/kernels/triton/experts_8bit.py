@@ -124,7 +124,7 @@ def _rows_a_tile(rows: int, experts: int) -> int:
     return 16 if rows <= 16 * experts else 32 if rows <= 48 * experts else 64
 
 
-def _tile_count(rows: int, experts: int, bm: int) -> int:
+def tile_count(rows: int, experts: int, bm: int) -> int:
     """The most tiles that rows sorted by expert can need, those of no expert included."""
     return rows // bm + min(rows, experts + 1)
 
@@ -144,7 +144,7 @@ def experts_8bit(
     tile = tile or tiles.choose("linear_8bit", x, bm, n, k)
     bk = min(tile.bk, 32) if x.dtype == torch.float32 else tile.bk
     with on_device(x):
-        experts_8bit_kernel[(triton.cdiv(n, tile.bn), _tile_count(s, experts, bm))](
+        experts_8bit_kernel[(triton.cdiv(n, tile.bn), tile_count(s, experts, bm))](
             rows,
             offsets.contiguous(),
             weight.contiguous(),
@@ -182,7 +182,7 @@ def experts_8bit_grad_input(
     bm = tile.bm if tile else _rows_a_tile(s, experts)
     tile = tile or tiles.choose("linear_8bit_grad_input", grad, bm, n, k)
     with on_device(grad):
-        experts_8bit_grad_input_kernel[(triton.cdiv(k, tile.bk), _tile_count(s, experts, bm))](
+        experts_8bit_grad_input_kernel[(triton.cdiv(k, tile.bk), tile_count(s, experts, bm))](
             rows,
             offsets.contiguous(),
             weight.contiguous(),

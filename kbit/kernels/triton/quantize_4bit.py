@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kbit.formats.blocks import TINY_ABSMAX
 from kbit.formats.codebooks import PAD_CODE, codebook
+from kbit.kernels.triton import tiles
 from kbit.kernels.triton.common import NO_FMA, on_device
 
-_TILE = 2048  # elements a program handles (more where one block is more)
 _BINS = 33  # ceil(16 v) + 16 for v in [-1, 1]
 
 
@@ -88,7 +88,7 @@ def quantize_4bit_kernel(
     tl.store(absmax + row, scale, mask=row < blocks)
 
 
-def quantize_4bit(x: Tensor, name: str, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize_4bit(x: Tensor, name: str, block_size: int, tile: tiles.Tile | None = None) -> tuple[Tensor, Tensor]:
     """x: any shape and floating dtype -> packed uint8 `[(n + 1) // 2]`, absmax fp32 `[ceil(n / block_size)]`."""
     x = x.detach()
     x = (x.float() if x.dtype == torch.float64 else x).contiguous()
@@ -97,7 +97,8 @@ def quantize_4bit(x: Tensor, name: str, block_size: int) -> tuple[Tensor, Tensor
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=x.device)
     if count:
-        rows = max(1, _TILE // block_size)
+        tile = tile or tiles.choose("quantize_4bit", packed, 1, count, 1)
+        rows = max(1, tile.bn // block_size)
         with on_device(x):
             quantize_4bit_kernel[(triton.cdiv(blocks, rows),)](
                 x,
@@ -111,7 +112,7 @@ def quantize_4bit(x: Tensor, name: str, block_size: int) -> tuple[Tensor, Tensor
                 PAD=PAD_CODE[name],
                 BLOCK=block_size,
                 ROWS=rows,
-                num_warps=4,
+                num_warps=tile.warps,
                 **NO_FMA,
             )
     return packed, absmax
