@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ SHAPES = [
     (1024, 8192),
 ]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+GRADIENT_SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096)]
+GRADIENT_TOKENS = [32, 128, 512, 1024, 4096]
 # bf16 weights, inputs and outputs: each rounding is 2^-9 at most.
 TOLERANCE = 6e-3
 
@@ -99,10 +102,11 @@ def linear_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         theirs = bitsandbytes_weights(weight, "nf4")
         if theirs is not None:
             forms["bitsandbytes nf4"] = theirs
-        chain = min(24, max(weights.copies for weights, _ in forms.values()))
+        most = min(24, max(weights.copies for weights, _ in forms.values()))
         for m in args.tokens or TOKENS:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             row: dict[str, Any] = {"n": n, "k": k, "m": m}
+            chain = most if m <= 512 else min(most, 10)  # milliseconds each
             with torch.no_grad():
                 for label, (weights, decoded) in forms.items():
                     what = f"{label}, {n} x {k}, {m} tokens"
@@ -116,6 +120,50 @@ def linear_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 f"{n:6} x {k:5}  {m:5} tokens  " + "  ".join(f"{lb} {row[lb]['us']:.1f} us" for lb in forms), flush=True
             )
         del forms, theirs
+        torch.cuda.empty_cache()
+    return rows
+
+
+def gradient_row(n: int, k: int, m: int, repetitions: int, dense: list[Tensor], parts: list[Any]) -> dict[str, Any]:
+    """dense: copies of the weight; parts: copies of its codes and scales."""
+    grad = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+
+    def decoded(i: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.ops.kbit.dequantize_4bit(*parts[i % len(parts)], "nf4", 64, [n, k], dtype)
+
+    def ours(i: int) -> Tensor:
+        return torch.ops.kbit.linear_4bit_grad_input(grad, *parts[i % len(parts)], "nf4", 64, k)
+
+    calls = {
+        "bf16": lambda i: grad @ dense[i % len(dense)],
+        "decode first": lambda i: grad @ decoded(i),
+        "kbit nf4": ours,
+    }
+    what = f"gradient, {n} x {k}, {m} tokens"
+    error = verify.require_close(what, ours(0), grad.double() @ decoded(0, torch.float32).double(), TOLERANCE)
+    row: dict[str, Any] = {"n": n, "k": k, "m": m, "error": float(f"{error:.3g}")}
+    for label, call in calls.items():
+        chain = [functools.partial(call, i) for i in range(16 if m <= 512 else 8)]
+        row[label] = timing.graph(chain, repetitions).to_json()
+    for label in ("decode first", "kbit nf4"):
+        row[label]["speed_over_bf16"] = round(row["bf16"]["us"] / row[label]["us"], 3)
+    print(f"{what}: " + "  ".join(f"{label} {row[label]['us']:.1f} us" for label in calls), flush=True)
+    return row
+
+
+def gradient_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The gradient's product `grad [M, N] W [N, K]`: bf16, the weight decoded first, and what the operator chooses."""
+    rows = []
+    for n, k in args.shapes or GRADIENT_SHAPES:
+        weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+        dense = [weight.clone() for _ in range(timing.copies_for(weight.nbytes))]
+        fmt = Format.parse("nf4")
+        q = kbit.quantize(weight, fmt)
+        tensors = (q.codes, q.absmax, q.nested_absmax, q.nested_offset)
+        parts = [[t.clone() for t in tensors if t is not None] for _ in range(timing.copies_for(fmt.nbytes(q.shape)))]
+        for m in args.tokens or GRADIENT_TOKENS:
+            rows.append(gradient_row(n, k, m, args.repetitions, dense, parts))
+        del dense, parts
         torch.cuda.empty_cache()
     return rows
 
@@ -201,4 +249,4 @@ def plot(result: dict[str, Any], path: str) -> None:
 
 @register("linear4bit", plot)
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return {"rows": linear_rows(args), "blocks": block_rows(args)}
+    return {"rows": linear_rows(args), "gradient": gradient_rows(args), "blocks": block_rows(args)}

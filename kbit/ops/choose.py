@@ -17,6 +17,12 @@ TRITON_GRAD_TOKENS = 16
 # The Hopper kernel is no slower than decoding first up to here (measured on one H200; both meet between 1024 and 2048);
 # where N is small there are too few tiles for that.
 HOPPER_TOKENS = 1536
+# The same for the gradient's product (measured on one H200).
+HOPPER_GRAD_TOKENS = 256
+# From this many tokens on, decoding first wins where the Hopper kernel's tiles leave its last wave of thread blocks
+# too empty (14336 x 4096 at 1024 tokens: 3.4 waves of 132 blocks).
+HOPPER_WHOLE_WAVES_TOKENS = 768
+HOPPER_WAVE, HOPPER_WAVE_SHARE = 132, 0.87
 
 # Above this many tokens, where weight-only was asked for, decoding the int8 weight once is no slower.
 INT8_DEQUANTIZE_TOKENS = 128
@@ -68,12 +74,26 @@ def hopper_fits(m: int, n: int, k: int, block_size: int, dtype_bytes: int) -> bo
         and block_size >= 64
         and k % block_size == 0
         and m <= (HOPPER_TOKENS if n > 2048 else TRITON_TOKENS)
+        and (m < HOPPER_WHOLE_WAVES_TOKENS or _wave_share(m, n) >= HOPPER_WAVE_SHARE)
     )
 
 
-def linear_4bit_grad_path(m: int) -> str:
-    """ "triton" or "dequantize" for the gradient's product with `m` tokens."""
-    return "triton" if m <= TRITON_GRAD_TOKENS else "dequantize"
+def _wave_share(m: int, n: int) -> float:
+    """Which share of their waves the Hopper kernel's tiles of 128 features by 256 tokens fill."""
+    tiles = -(-n // 128) * -(-m // 256)
+    return tiles / (-(-tiles // HOPPER_WAVE) * HOPPER_WAVE)
+
+
+def linear_4bit_grad_path(
+    m: int, n: int, k: int, block_size: int, dtype_bytes: int, capability: tuple[int, int] | None, aligned: bool = True
+) -> str:
+    """How a GPU multiplies the gradient of `m` tokens with `W [N, K]`: "triton", "hopper" or "dequantize"."""
+    if m <= TRITON_GRAD_TOKENS:
+        return "triton"
+    reads = dtype_bytes == 2 and block_size >= 64 and k % block_size == 0 and n % 8 == 0
+    if capability == (9, 0) and aligned and reads and m <= HOPPER_GRAD_TOKENS and k > 2048:
+        return "hopper"
+    return "dequantize"
 
 
 # Up to this many tokens the CPU's own kernel decodes the 4-bit weight inside the product. Above it decoding slices and

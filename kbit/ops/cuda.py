@@ -61,6 +61,11 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
     return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
 
 
+def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit_many")
+    return launcher.linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k)
+
+
 def quantizes_4bit(x: Tensor, block_size: int) -> bool:
     """Whether the Hopper kernel can quantize this tensor."""
     return capability(x) == (9, 0) and importlib.import_module("kbit.kernels.cuda.quantize_4bit").fits(x, block_size)

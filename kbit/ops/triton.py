@@ -77,8 +77,14 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
     kernel = _kernel("linear_4bit_grad_input")
     scales = (absmax, nested_absmax, nested_offset)
-    if kernel is not None and grad.dtype in _DTYPES and choose.linear_4bit_grad_path(tokens(grad)) == "triton":
-        return kernel(grad, weight, *scales, codebook, block_size, k)
+    if kernel is not None and grad.dtype in _DTYPES:
+        m, n = tokens(grad), grad.shape[-1]
+        capability, aligned = cuda.capability(grad), cuda.aligned(grad, weight)
+        path = choose.linear_4bit_grad_path(m, n, k, block_size, grad.element_size(), capability, aligned)
+        if path == "hopper":
+            return cuda.linear_4bit_grad_input(grad, weight, *scales, codebook, block_size, k)
+        if path == "triton":
+            return kernel(grad, weight, *scales, codebook, block_size, k)
     return grad @ dequantize_4bit(weight, *scales, codebook, block_size, (grad.shape[-1], k), grad.dtype)
 
 

@@ -24,12 +24,19 @@ def test_hopper_takes_what_it_can_read():
     assert choose.linear_4bit_path(1, 4096, 4096, 64, 2, (9, 0), aligned=False) == "triton"
     assert choose.linear_4bit_path(512, 4096, 4096, 64, 2, (9, 0)) == "hopper"
     assert choose.linear_4bit_path(512, 1024, 4096, 64, 2, (9, 0)) == "dequantize"  # too few tiles
+    assert choose.linear_4bit_path(1024, 4096, 4096, 64, 2, (9, 0)) == "hopper"  # 128 tiles: one wave, nearly full
+    assert choose.linear_4bit_path(1024, 14336, 4096, 64, 2, (9, 0)) == "dequantize"  # 448 tiles: 3.4 waves
     assert choose.linear_4bit_path(10**6, 4096, 4096, 64, 2, (9, 0)) == "dequantize"
 
 
 def test_gradient_product():
-    assert choose.linear_4bit_grad_path(1) == "triton"
-    assert choose.linear_4bit_grad_path(4096) == "dequantize"
+    for capability in (None, (8, 0), (9, 0)):
+        assert choose.linear_4bit_grad_path(1, 4096, 4096, 64, 2, capability) == "triton"
+    assert choose.linear_4bit_grad_path(512, 4096, 4096, 64, 2, None) == "dequantize"
+    assert choose.linear_4bit_grad_path(128, 4096, 4096, 64, 2, (9, 0)) == "hopper"
+    assert choose.linear_4bit_grad_path(128, 4092, 4096, 64, 2, (9, 0)) == "dequantize"  # rows of 8184 bytes
+    assert choose.linear_4bit_grad_path(128, 4096, 4096, 64, 4, (9, 0)) == "dequantize"
+    assert choose.linear_4bit_grad_path(10**6, 4096, 4096, 64, 2, (9, 0)) == "dequantize"
 
 
 def test_tiles_of_a_gpu_never_seen(tmp_path, monkeypatch):
@@ -85,6 +92,31 @@ def test_what_the_hopper_kernel_quantizes():
     assert not fits(x.view(-1)[:100], 64) and not fits(x.view(-1)[1:129], 64)  # a remainder; 2 bytes off a boundary
     macros = settings("fp4", torch.float16, 64)
     assert macros["LANES"] == 8 and len(str(macros["CODES"]).split(",")) == 33
+
+
+def test_settings_of_the_kernel_of_many_tokens():
+    from kbit.kernels.cuda import linear_4bit_many as many
+
+    for m in (1, 65, 128, 129, 200, 256, 257, 700, 1024, 5000):
+        config = many.choose_config(m)
+        assert 64 <= config.nt <= 256 and config.nt % 32 == 0 and config.shared_bytes <= 232448
+        assert -(-m // config.nt) == -(-m // 256)  # no more tiles than the widest would make
+        consumer, decoder = config.registers
+        assert 256 * consumer + 128 * decoder <= 65536 // 384 // 8 * 8 * 384  # they only change hands
+    for transposed in (False, True):
+        macros, headers = many.settings(many.choose_config(256), "nf4", torch.bfloat16, True, transposed)
+        assert macros["NT"] == 256 and f"1, 1, 1, {int(transposed)}, 0;" in headers["wgmma.h"]
+
+
+def test_tiles_are_cut_where_whole_ones_would_leave_processors_idle():
+    from kbit.kernels.cuda.linear_4bit_many import Schedule, schedule
+
+    assert schedule(132, 1024, 4096, 4096, 256) == Schedule(64, 0)  # 64 tiles on 66 clusters
+    assert schedule(132, 256, 14336, 4096, 256) == Schedule(66, 56)
+    some = schedule(132, 1024, 14336, 4096, 256)  # 224 tiles: two whole waves, and 92 tiles in equal shares
+    assert some == Schedule(66, 92) and (224 - some.shared_tiles) % 66 == 0
+    tiny = schedule(132, 100, 256, 64, 128)  # one step has no shares
+    assert tiny.clusters == 1
 
 
 def test_settings_that_would_hang_are_refused():

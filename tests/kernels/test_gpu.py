@@ -105,6 +105,52 @@ def test_every_hopper_setting():
                     close(out, x.double() @ exact.T + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
+def test_products_of_many_tokens_however_their_tiles_are_cut(transposed, dtype):
+    if cuda.why_not():
+        pytest.skip(cuda.why_not())
+    from kbit.kernels.cuda.linear_4bit_many import Schedule, choose_config, product
+
+    for n, k, m, name, block_size, nested in [
+        (256, 64, 100, "nf4", 64, True),
+        (1000, 1088, 515, "fp4", 64, False),
+        (776, 2304, 700, "nf4", 256, True),
+        (264, 4096, 129, "nf4", 4096, False),
+    ]:
+        weight, exact = quantized(n, k, name, block_size, nested)
+        x = torch.randn(m, n if transposed else k, device="cuda", dtype=dtype)
+        features = k if transposed else n
+        bias = None if transposed else torch.randn(n, device="cuda", dtype=dtype)
+        expected = x.double() @ exact if transposed else x.double() @ exact.T + bias.double()
+        tiles = -(-features // 256) * -(-m // choose_config(m).nt)
+        for cut in (None, Schedule(1, 0), Schedule(3, 0), Schedule(5, tiles), Schedule(66, tiles)):
+            torch.full((m, features), float("nan"), device="cuda", dtype=dtype)  # the output's memory, just freed
+            out = product(x, *weight, bias, name, block_size, features, transposed, None, cut)
+            close(out, expected, dtype)
+            again = product(x, *weight, bias, name, block_size, features, transposed, None, cut)
+            assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("m", [30, 200])
+def test_the_gradient_captures_in_a_cuda_graph(m):
+    weight, exact = quantized(1024, 4096)  # its tiles are cut: the marks of finished sums have to work in every replay
+    grad = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+    call = torch.ops.kbit.linear_4bit_grad_input
+    call(grad, *weight, "nf4", 64, 4096)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        outs = [call(grad, *weight, "nf4", 64, 4096) for _ in range(3)]
+    for _ in range(3):
+        grad.copy_(torch.randn_like(grad))
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        for out in outs:
+            close(out, grad.double() @ exact, torch.bfloat16)
+
+
 @pytest.mark.parametrize("m", [1, 16, 100, 1000])
 def test_captures_in_a_cuda_graph(m):
     weight, exact = quantized(512, 1024)

@@ -1,0 +1,384 @@
+// Products of many tokens with a 4-bit weight on Hopper, where the tensor cores set the time.
+//
+//   out[M, F] = x[M, R] A[F, R]^T + bias      A = W  [N, K]: F = N features out, R = K, the layer itself
+//                                             A = W^T       : F = K, R = N, its gradient (TRANSPOSED; x is the gradient of out)
+//
+// W in NF4 or FP4 (row layout, blocks of 64 and up), x in bf16 or fp16. Computed as A x^T: one warpgroup decodes the weights of
+// a step (128 features by 64) into shared memory in 16 bits, scales applied; two warpgroups do nothing but multiply (64 features by NT
+// tokens each); the bulk tensor copy engine fetches inputs. A pair of thread blocks (a cluster) works
+// on 256 features and the same tokens; each fetches half of the inputs for both. W^T needs no other layout: the tensor cores read
+// a tile of shared memory either way.
+//
+// A byte of codes is two weights side by side: a table of all 256 pairs, of which every lane owns a copy in its own bank, turns it into
+// 32 bits of the tile with one look-up. The threads that multiply also copy the codes, several steps ahead.
+//
+// Thread blocks persist. The tiles that do not fill whole waves are cut along R into equal shares, one a cluster (stream-K). A share
+// that ends inside a tile leaves its sums in `workspace`; whoever has the tile's end adds them, in a fixed order: results repeat bit
+// for bit. A cluster does the piece that others wait for first, and waits only for clusters before it, so that it cannot hang.
+//
+// Compile-time settings: FP16, NT, STAGES (of inputs and decoded weights), CS (of codes), CONSUMER_REGISTERS, DECODER_REGISTERS, NESTED (double-quantized scales; then
+// DYNAMIC_MAP, their 256 levels), TRANSPOSED, and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#include "wgmma.h"
+
+constexpr int DECODERS = 128, CONSUMERS = 256;
+constexpr int THREADS = CONSUMERS + DECODERS;
+constexpr int TILE = 256;                    // features a cluster; each of its thread blocks has half
+constexpr int X_BYTES = NT * 128;            // 64 of R
+constexpr int W_BYTES = 128 * 128;
+constexpr int C_BYTES = 128 * 32;
+constexpr int W_OFFSET = STAGES * X_BYTES;
+constexpr int C_OFFSET = W_OFFSET + STAGES * W_BYTES;
+constexpr int OUT_OFFSET = C_OFFSET + CS * C_BYTES;  // 1 KB a consumer warp
+constexpr int MAP_OFFSET = OUT_OFFSET + 8192;
+constexpr int SCALE_OFFSET = MAP_OFFSET + 1024;     // of 8 steps
+constexpr int LUT_OFFSET = SCALE_OFFSET + 4096;    // word 32 e + l: lane l's copy of entry e
+constexpr int BAR_OFFSET = LUT_OFFSET + 32768;
+constexpr int ACC = NT / 2;                  // accumulators a thread
+
+struct __align__(64) TensorMap { char bytes[128]; };
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {  // in the shared memory of another block of the cluster
+  asm volatile("{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %0, %1;\n mbarrier.arrive.shared::cluster.b64 _, [a];\n}" ::"r"(bar), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra WAIT_DONE;\n"
+      " bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void copy_tile_to_both(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)3) : "memory");
+}
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ uint4 load_shared16(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
+#if FP16
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
+__device__ __forceinline__ u32 to_halves(float low, float high) { u32 h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low)); return h; }
+__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+#else
+__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
+__device__ __forceinline__ u32 to_halves(float low, float high) { u32 h; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low)); return h; }
+__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+#endif
+
+__constant__ u16 codebook[16] = {CODEBOOK};
+#if NESTED
+__device__ const float dynamic_map[256] = {DYNAMIC_MAP};
+#endif
+
+// The pieces of work of one cluster, the same for all its warps: shares of the first `shared_tiles` tiles, then whole tiles.
+struct Work {
+  int low, high, steps_a_tile, shared, next, tiles, clusters;
+  int tile, begin, steps;  // the piece: `steps` steps of a tile from `begin` on
+  __device__ Work(int cluster, int clusters, int tiles, int shared, int steps_a_tile)
+      : steps_a_tile(steps_a_tile), shared(shared), next(shared + cluster), tiles(tiles), clusters(clusters) {
+    low = start(cluster), high = start(cluster + 1);
+  }
+  __device__ int start(int cluster) const { return (int)((long long)shared * steps_a_tile * cluster / clusters); }
+  __device__ bool advance() {
+    if (high > low) {
+      tile = (high - 1) / steps_a_tile;
+      const int from = max(low, tile * steps_a_tile);
+      begin = from - tile * steps_a_tile, steps = high - from;
+      high = from;
+      return true;
+    }
+    if (next >= tiles) return false;
+    tile = next, begin = 0, steps = steps_a_tile;
+    next += clusters;
+    return true;
+  }
+  __device__ bool ends_tile() const { return begin + steps == steps_a_tile; }
+};
+
+struct Cursor {  // a step of the pieces
+  Work work;
+  int token_tiles, row_tile, step;
+  bool more;
+  __device__ Cursor(const Work& start, int token_tiles) : work(start), token_tiles(token_tiles) { next(); }
+  __device__ void next() { more = work.advance(), step = work.begin, row_tile = work.tile / token_tiles; }
+  __device__ void advance() {
+    if (++step == work.begin + work.steps) next();
+  }
+};
+
+template <int SLOTS> struct Ring {  // a place in a ring of stages
+  int slot = 0;
+  u32 phase = 0;
+  __device__ void advance() {
+    if (++slot == SLOTS) slot = 0, phase ^= 1;
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(2, 1, 1)
+linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__ weight, const void* __restrict__ absmax,
+                 const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
+                 u16* __restrict__ out, float4* workspace, u64* flags, u64 launch, int M, int N, int K, int block_shift, int shared_tiles) {
+  extern __shared__ u8 raw_shared[];
+  const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
+  const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES, full_c = empty + 8 * STAGES;
+  const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
+  const u32 rank = cluster_rank();
+  const int F = TRANSPOSED ? K : N, R = TRANSPOSED ? N : K;
+  const int token_tiles = (M + NT - 1) / NT, tiles = (F + TILE - 1) / TILE * token_tiles;
+  const int cluster = blockIdx.x >> 1, clusters = gridDim.x >> 1;
+  Work work(cluster, clusters, tiles, shared_tiles, (R + 63) / 64);
+
+  if (thread == 0) {
+    for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 5), barrier_init(empty + 8 * s, 4);
+    for (int s = 0; s < CS; s++) barrier_init(full_c + 8 * s, CONSUMERS);
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  for (int i = thread; i < 2048; i += THREADS) {  // 16 bytes each: the even element is the high nibble
+    const u32 pair = (u32)codebook[i >> 7] | (u32)codebook[(i >> 3) & 15] << 16;
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(base + LUT_OFFSET + i * 16), "r"(pair) : "memory");
+  }
+#if NESTED
+  for (int i = thread; i < 256; i += THREADS)
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + MAP_OFFSET + i * 4), "f"(dynamic_map[i]) : "memory");
+#endif
+  __syncthreads();
+  cluster_sync();
+  // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+
+  if (warp >= 8) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(DECODER_REGISTERS));
+    // A thread decodes one row of the tile in shared memory, 64 weights with one scale: a row of W, or half a one where W is
+    // transposed.
+    const int me = thread - CONSUMERS;
+    const int row = TRANSPOSED ? me & 63 : me, side = TRANSPOSED ? me >> 6 : 0;
+    const u32 row32 = base + C_OFFSET + me * 32, read0 = row32 + ((lane >> 2 & 1) << 4), read1 = row32 + ((~lane >> 2 & 1) << 4);
+    const u32 write = base + W_OFFSET + side * 8192 + row * 128;
+    const u32 scale_at = base + SCALE_OFFSET + me * 4;
+    const float shift = NESTED ? *offset : 0.f;
+    const u8* const scale_codes = (const u8*)absmax;
+    const float* const scales = (const float*)absmax;
+    const u32 row_blocks = (u32)K >> block_shift;
+    Ring<CS> codes;
+    const u32 table = base + LUT_OFFSET + lane * 4;
+    Ring<STAGES> ring;
+    while (work.advance()) {
+      const int feature0 = work.tile / token_tiles * TILE + rank * 128, token0 = work.tile % token_tiles * NT + rank * (NT / 2);
+      // Scales of 8 steps at a time, through this thread's own places in shared memory. The fence below waits for all loads in flight,
+      // so that a load a step would make every step as long as a load.
+      auto fetch_scales = [&](int step) {
+        float raw[8];
+        u32 code[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const int n = TRANSPOSED ? (step + i) * 64 + row : feature0 + row, k = TRANSPOSED ? feature0 + side * 64 : (step + i) * 64;
+          const u32 index = (u32)n * row_blocks + ((u32)k >> block_shift);
+          raw[i] = 0.f;
+          code[i] = 0;
+          if (n < N && k < K) {
+            // volatile: all of them before the first use
+            if (NESTED) {
+              asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(code[i]) : "l"(scale_codes + index) : "memory");
+              asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(raw[i]) : "l"(nested_absmax + (index >> 8)) : "memory");
+            } else {
+              asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(raw[i]) : "l"(scales + index) : "memory");
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          float factor = raw[i];
+          if (NESTED) {
+            float level;
+            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(level) : "r"(base + MAP_OFFSET + code[i] * 4));
+            // Beyond the last row and column this is the offset: finite, and multiplied by inputs of 0 or never stored.
+            factor = __fadd_rn(__fmul_rn(level, raw[i]), shift);
+          }
+          asm volatile("st.shared.u32 [%0], %1;" ::"r"(scale_at + i * 512), "r"(to_half(factor) * 0x10001u) : "memory");
+        }
+      };
+      for (int step = work.begin; step < work.begin + work.steps; step++) {
+        if ((step - work.begin & 7) == 0) fetch_scales(step);
+        u32 scale;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale) : "r"(scale_at + (step - work.begin & 7) * 512));
+        barrier_wait(full_c + 8 * codes.slot, codes.phase);
+        const uint4 q0 = load_shared16(read0 + codes.slot * C_BYTES), q1 = load_shared16(read1 + codes.slot * C_BYTES);
+        const u32 words[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
+        u32 pair[8][4];
+#pragma unroll
+        for (int c = 0; c < 8; c++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const u32 at = (i ? words[c] >> (8 * i - 7) : words[c] << 7) & 0x7f80;
+            asm("ld.shared.u32 %0, [%1];" : "=r"(pair[c][i]) : "r"(at + table));
+          }
+#pragma unroll
+        for (int c = 0; c < 8; c++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) pair[c][i] = times(pair[c][i], scale);
+        barrier_wait(empty + 8 * ring.slot, ring.phase ^ 1);
+        if (me == 0) {  // half of the inputs, for both thread blocks
+          const u32 bar = full + 8 * ring.slot;
+          barrier_expect(bar, X_BYTES);
+          copy_tile_to_both(base + ring.slot * X_BYTES + rank * (X_BYTES / 2), &map_x, step * 64, token0, bar);
+        }
+#pragma unroll
+        for (int c = 0; c < 8; c++)
+          asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(write + ring.slot * W_BYTES + ((c ^ (row & 7)) << 4)), "r"(pair[c][0]),
+                       "r"(pair[c][1]), "r"(pair[c][2]), "r"(pair[c][3]) : "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full + 8 * ring.slot);
+        codes.advance();
+        ring.advance();
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    const int group = warp >> 2, in_group = thread & 127;
+    float acc[ACC];
+    Ring<STAGES> ring;
+    Cursor ahead(work, token_tiles);  // what is fetched next of the codes
+    Ring<CS> codes;
+    // A step's codes: 16 bytes a thread. The threads that multiply fetch them, having time: the fence of those that decode waits for
+    // all their accesses to memory.
+    auto fetch_codes = [&]() {
+      if (!ahead.more) return;
+      const int r = thread >> 1, part = thread & 1, feature0 = ahead.row_tile * TILE + rank * 128;
+      const int n = TRANSPOSED ? ahead.step * 64 + (r & 63) : feature0 + r, k = TRANSPOSED ? feature0 + (r & 64) : ahead.step * 64;
+      const u32 to = base + C_OFFSET + codes.slot * C_BYTES + r * 32 + ((part ^ (r >> 2 & 1)) << 4);
+      const bool inside = n < N && k < K;
+      const u8* const from = weight + (inside ? (size_t)n * (K / 2) + k / 2 + part * 16 : 0);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%3];" ::"r"(to), "l"(from),
+                   "r"(inside ? 16 : 0), "r"(full_c + 8 * codes.slot) : "memory");
+      codes.advance();
+      ahead.advance();
+    };
+    for (int i = 0; i < CS; i++) fetch_codes();
+    auto release = [&](int slot) {  // in both thread blocks, since both write to it
+      if (in_group == 0 || in_group == 32) barrier_arrive_at(empty + 8 * slot, in_group >> 5);
+    };
+    auto group_sync = [&]() {
+      if (group) asm volatile("bar.sync 2, 128;" ::: "memory");
+      else asm volatile("bar.sync 1, 128;" ::: "memory");
+    };
+    const u64 layout = (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;  // 128-byte swizzle, 1024 bytes to the next 8 rows
+    while (work.advance()) {
+#pragma unroll
+      for (int i = 0; i < ACC; i++) acc[i] = 0.f;
+      int old = 0;
+      for (int step = 0; step < work.steps; step++) {
+        barrier_wait(full + 8 * ring.slot, ring.phase);
+        const u32 a = base + W_OFFSET + ring.slot * W_BYTES + group * 8192, b = base + ring.slot * X_BYTES;
+        const u64 descriptor_a = (a & 0x3ffff) >> 4 | layout, descriptor_b = (b & 0x3ffff) >> 4 | layout;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < 4; i++)  // 16 further in R: 32 bytes further along a row, or 16 rows further
+          wgmma(acc, descriptor_a + (TRANSPOSED ? 128 : 2) * i, descriptor_b + 2 * i);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        fetch_codes();  // into the place of this step's, which are decoded
+        if (step) {
+          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+          release(old);
+        }
+        old = ring.slot;
+        ring.advance();
+      }
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
+      release(old);
+
+      float4* const mine = workspace + (size_t)(blockIdx.x * 2 + group) * (ACC / 4 * 128) + in_group;
+      if (!work.ends_tile()) {
+#pragma unroll
+        for (int i = 0; i < ACC / 4; i++) __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+        __threadfence();
+        group_sync();
+        if (in_group == 0) asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flags + blockIdx.x * 2 + group), "l"(launch) : "memory");
+        continue;
+      }
+      if (work.begin > 0) {
+        const int first = work.tile * work.steps_a_tile;
+        for (int c = cluster - 1; c >= 0 && work.start(c + 1) > first; c--) {
+          if (work.start(c) == work.start(c + 1)) continue;  // no share
+          const int from = (c * 2 + rank) * 2 + group;
+          if (in_group == 0) {
+            u64 seen;
+            do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flags + from) : "memory");
+            while (seen != launch);
+            flags[from] = 0;  // a replay of this launch has to wait again
+          }
+          group_sync();
+          const float4* const theirs = workspace + (size_t)from * (ACC / 4 * 128) + in_group;
+#pragma unroll
+          for (int i = 0; i < ACC / 4; i++) {
+            const float4 v = __ldcg(theirs + i * 128);
+            acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
+          }
+        }
+      }
+      // A warp has 16 features by NT tokens; the output wants features side by side.
+      const int token0 = work.tile % token_tiles * NT, feature0 = work.tile / token_tiles * TILE + rank * 128 + warp * 16;
+      float bias0 = 0.f, bias1 = 0.f;
+      if (bias) {
+        const int f = feature0 + (lane >> 2);
+        if (f < F) bias0 = from_half(bias[f]);
+        if (f + 8 < F) bias1 = from_half(bias[f + 8]);
+      }
+      const u32 buffer = base + OUT_OFFSET + warp * 1024;
+      const int put_token = (lane >> 4) * 8 + (lane & 7), get_token = lane >> 1, f = feature0 + (lane & 1) * 8;
+      const u32 put = buffer + put_token * 32 + (((lane >> 3 & 1) ^ (put_token >> 2 & 1)) << 4);
+      const u32 get = buffer + get_token * 32 + (((lane & 1) ^ (get_token >> 2 & 1)) << 4);
+#pragma unroll
+      for (int j = 0; j < NT / 16; j++) {
+        const float* const d = acc + 8 * j;
+        const u32 p0 = to_halves(d[0] + bias0, d[1] + bias0), p1 = to_halves(d[2] + bias1, d[3] + bias1);
+        const u32 p2 = to_halves(d[4] + bias0, d[5] + bias0), p3 = to_halves(d[6] + bias1, d[7] + bias1);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(put + (j & 1) * 512), "r"(p0), "r"(p1),
+                     "r"(p2), "r"(p3) : "memory");
+        __syncwarp();
+        const uint4 v = load_shared16(get + (j & 1) * 512);
+        const int token = token0 + 16 * j + get_token;
+        if (token < M) {
+          u16* const to = out + (size_t)token * F + f;
+          if ((F & 7) == 0) {
+            if (f < F) *(uint4*)to = v;
+          } else {
+            const u32 word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+              if (f + i < F) to[i] = (u16)(word[i >> 1] >> 16 * (i & 1));
+          }
+        }
+      }
+    }
+  }
+  cluster_sync();  // nobody leaves while the other one may still write to it
+}
