@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+_linear_4bit = torch.ops.kbit.linear_4bit.default  # looked up once: an eager call at few tokens is bound by the CPU
+
+
 def _prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """Cast to autocast's dtype where it is on; tell whether a gradient is needed."""
     if not x.is_floating_point():
@@ -65,7 +68,7 @@ def linear_4bit(
     Raises TypeError for input that is not floating point.
     """
     x, bias, grad = _prepare(x, bias)
-    call = Linear4bitFunction.apply if grad else torch.ops.kbit.linear_4bit
+    call = Linear4bitFunction.apply if grad else _linear_4bit
     return call(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
 
 

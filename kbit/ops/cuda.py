@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def _capability(index: int) -> tuple[int, int] | None:
 
 def capability(x: Tensor) -> tuple[int, int] | None:
     """Compute capability of the tensor's GPU where CUDA C++ kernels can run on it, else None."""
-    return _capability(x.device.index) if x.device.type == "cuda" else None
+    return _capability(x.get_device()) if x.is_cuda else None
 
 
 def aligned(x: Tensor, weight: Tensor) -> bool:
@@ -51,14 +52,17 @@ def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, out
 
 
 def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit")
     scales = (absmax, nested_absmax, nested_offset)
-    return launcher.linear_4bit(x, weight, *scales, bias, codebook, block_size, n, offsets=offsets)
+    return _linear_4bit()(x, weight, *scales, bias, codebook, block_size, n, offsets=offsets)
+
+
+@functools.cache
+def _linear_4bit() -> Any:
+    return importlib.import_module("kbit.kernels.cuda.linear_4bit").linear_4bit
 
 
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit")
-    return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    return _linear_4bit()(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
 
 
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore

@@ -190,7 +190,10 @@ class Launcher:
         self.values: Any = arguments.from_buffer(raw, -ctypes.addressof(raw) % 64)
         start = ctypes.addressof(self.values)
         fields = [getattr(arguments, field[0]) for field in arguments._fields_]
-        self._pointers = (ctypes.c_void_p * len(fields))(*[start + field.offset for field in fields])
+        self.memory = (ctypes.c_char * ctypes.sizeof(arguments)).from_address(start)  # of `values`, to pack into
+        # Where the driver finds each argument: in `values`, unless a caller who keeps one elsewhere says so.
+        self.pointers = (ctypes.c_void_p * len(fields))(*[start + field.offset for field in fields])
+        self._grid = (1, 1, 1)
         self._config = _Launch((1, 1, 1), (threads, 1, 1), shared, None, ctypes.addressof(_OVERLAP), int(overlap))
         self._reference = ctypes.byref(self._config)
         self._function = function
@@ -200,8 +203,9 @@ class Launcher:
 
     def start(self, grid: tuple[int, int, int], stream: int) -> None:
         """Launch with what `values` holds; hold `lock` from filling it to the end of this call."""
-        self._config.grid[:] = grid
+        if grid != self._grid:
+            self._config.grid[:] = self._grid = grid
         self._config.stream = stream
-        status = self._start(self._reference, self._function, self._pointers, None)
+        status = self._start(self._reference, self._function, self.pointers, None)
         if status:
             check(status, "launching a kernel")

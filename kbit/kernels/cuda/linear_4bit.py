@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import json
+import struct
 import threading
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,8 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+_POINTERS_AND_SIZES = struct.Struct("PPPPPiiiiPi")  # _Arguments from absmax on
+_FIRST_POINTER: int = _Arguments.absmax.offset
 _lock = threading.Lock()
 
 
@@ -174,13 +177,18 @@ def _plan(
     nested: bool,
     config: Config | None,
     experts: int,
-) -> tuple[Config, compiler.Launcher]:
-    """Settings and loaded kernel of a product on the current device; compiled at first use. experts: 0 for one."""
+) -> tuple[compiler.Launcher, tuple[int, int, int], tuple[int, int], tuple[int, int]]:
+    """(loaded kernel, grid, box of W's codes, box of x) of a product on the current device; compiled at first use.
+    experts: 0 for one weight."""
     if config is None and experts:  # tiles with room for twice an expert's share, as many as experts can have rows
         config = choose_config(device, min(m, 2 * -(-m // experts)), n * min(m, experts), k)
     config = config or choose_config(device, m, n, k)
     with _lock:
-        return config, _load(device, config, name, dtype, nested, experts > 0)
+        launcher = _load(device, config, name, dtype, nested, experts > 0)
+    # Of rows of experts: the most tiles that there can be, nobody's rows included.
+    tiles = min(m, experts + 1 + m // config.nt) if experts else -(-m // config.nt)
+    grid = (-(-n // config.rows), tiles, config.cluster)
+    return launcher, grid, (config.ks // 2, config.rows), (64, config.nt)
 
 
 # A map depends on address and shape alone, so it stays right whatever tensor lives there.
@@ -225,37 +233,43 @@ def linear_4bit(
     """x: bf16 or fp16 `[..., K]`, weight: row layout `[N, K/2]` with K a multiple of the block size (at least 64);
     both start on 16-byte boundaries. -> `[..., N]`. offsets: int32 `[E]`, where the rows of each expert end; then x is
     `[S, K]`, weight `[E, N, K/2]`, bias `[E, N]`."""
+    # Every microsecond here is one of an eager call: no stream object, no field-by-field filling, nothing imported.
     k = x.shape[-1]
-    rows = x.reshape(-1, k)
-    m, device = rows.shape[0], x.device.index
-    stride = rows.stride(0) if m > 1 else k
-    if rows.stride(1) != 1 or stride % 8 or stride < k:
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    m, device = rows.shape[0], x.get_device()
+    stride, step = rows.stride()
+    if m == 1:
+        stride = k
+    if step != 1 or stride % 8 or stride < k:
         rows, stride = rows.contiguous(), k
-    if device != torch.cuda.current_device():
+    if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             scales = (absmax, nested_absmax, nested_offset)
             return linear_4bit(x, weight, *scales, bias, name, block_size, n, config, offsets)
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    nested = nested_absmax is not None
+    out = x.new_empty((*x.shape[:-1], n))
+    dtype, nested = x.dtype, nested_absmax is not None
     experts = 0 if offsets is None else offsets.shape[0]
-    config, launcher = _plan(device, m, n, k, name, x.dtype, nested, config, experts)
-    box = config.ks // 2
-    map_w = _encode_cached(
-        weight.data_ptr(), _UINT8, k // 2, n * max(experts, 1), k // 2, (box, config.rows), _SWIZZLE[box]
+    launcher, grid, box_w, box_x = _plan(device, m, n, k, name, dtype, nested, config, experts)
+    all_rows = n * experts if experts else n
+    map_w = _encode_cached(weight.data_ptr(), _UINT8, k // 2, all_rows, k // 2, box_w, _SWIZZLE[box_w[0]])
+    kind = _FLOAT16 if dtype == torch.float16 else _BFLOAT16
+    map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, box_x, 3)
+    values = (
+        absmax.data_ptr(),
+        0 if nested_absmax is None else nested_absmax.data_ptr(),
+        0 if nested_offset is None else nested_offset.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        m,
+        n,
+        k,
+        block_size.bit_length() - 1,
+        0 if offsets is None else offsets.data_ptr(),
+        experts,
     )
-    kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
-    map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, (64, config.nt), 3)
+    stream = torch._C._cuda_getCurrentRawStream(device)
     with launcher.lock:
-        values = launcher.values
-        values.map_w, values.map_x = map_w, map_x
-        values.absmax, values.out = absmax.data_ptr(), out.data_ptr()
-        values.nested_absmax = None if nested_absmax is None else nested_absmax.data_ptr()
-        values.offset = None if nested_offset is None else nested_offset.data_ptr()
-        values.bias = None if bias is None else bias.data_ptr()
-        values.m, values.n, values.k, values.block_shift = m, n, k, block_size.bit_length() - 1
-        values.offsets, values.experts = None if offsets is None else offsets.data_ptr(), experts
-        # Of rows of experts: the most tiles that there can be, nobody's rows included.
-        tiles = min(m, experts + 1 + m // config.nt) if experts else -(-m // config.nt)
-        grid = (-(-n // config.rows), tiles, config.cluster)
-        launcher.start(grid, torch.cuda.current_stream(device).cuda_stream)
+        launcher.pointers[0], launcher.pointers[1] = ctypes.addressof(map_w), ctypes.addressof(map_x)
+        _POINTERS_AND_SIZES.pack_into(launcher.memory, _FIRST_POINTER, *values)
+        launcher.start(grid, stream)
     return out
