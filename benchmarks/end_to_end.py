@@ -189,11 +189,11 @@ def _bitsandbytes(model: nn.Module, label: str) -> None:
             )
             layer.weight = bnb.nn.Params4bit(
                 module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-            ).cuda()
+            ).to(module.weight.device)
         else:
             layer = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
             layer.weight = bnb.nn.Int8Params(module.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-            layer = layer.cuda()
+            layer = layer.to(module.weight.device)
         parent, _, child = name.rpartition(".")
         setattr(model.model.get_submodule(parent), child, layer)
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.registry import BENCHMARKS
 
-MODULES = ("benchmarks.linear4bit", "benchmarks.linear8bit", "benchmarks.experts")
+MODULES = ("benchmarks.linear4bit", "benchmarks.linear8bit", "benchmarks.experts", "benchmarks.cold_start")
 RESULTS = Path(__file__).parent / "results"
 
 
