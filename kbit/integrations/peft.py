@@ -136,8 +136,24 @@ def _update_layer(original: Callable[..., None], layer: Any, *args: Any, **kwarg
         )
     if isinstance(base, QuantizedModule) and isinstance(init, str) and init not in ("gaussian", "eva"):
         with float_base(layer):
-            return original(layer, *args, **kwargs)
-    return original(layer, *args, **kwargs)
+            original(layer, *args, **kwargs)
+    else:
+        original(layer, *args, **kwargs)
+    if isinstance(base, QuantizedModule):
+        _follow_dtype(layer, args[0] if args else kwargs["adapter_name"], base.cast_dtype or base.weight_dtype)
+
+
+def _follow_dtype(layer: Any, adapter: str, dtype: torch.dtype) -> None:
+    """Cast a new adapter to the dtype of the weight that was quantized, as PEFT does where the base is floating point.
+
+    It cannot tell from packed codes, and fp32 adapters in a bf16 model cast every activation there and back. Whether
+    half-precision adapters are then trained in fp32 is up to its `autocast_adapter_dtype`, as ever."""
+    for name in layer.adapter_layer_names:
+        adapters = getattr(layer, name, None)
+        if not isinstance(adapters, nn.ModuleDict | nn.ParameterDict) or adapter not in adapters:
+            continue
+        if not any(p.is_meta for p in adapters.parameters()):
+            adapters[adapter] = adapters[adapter].to(dtype=dtype)
 
 
 def _refuse_packed_parameter(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:

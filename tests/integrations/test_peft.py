@@ -303,3 +303,15 @@ def test_other_tuners_train_on_quantized_layers(method: str) -> None:
     model(input_ids=IDS, labels=IDS).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_adapters_follow_the_model_dtype_unless_peft_casts_them(fmt: str, init: bool | str) -> None:
+    for autocast, expected in ((False, torch.bfloat16), (True, torch.float32)):
+        options = {"init_lora_weights": init, "use_dora": init is True}
+        model = peft.get_peft_model(quantized(fmt, torch.bfloat16), lora(**options), autocast_adapter_dtype=autocast)
+        adapters = {n: p.dtype for n, p in model.named_parameters() if "lora_" in n}
+        assert adapters and set(adapters.values()) == {expected}, adapters
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
