@@ -20,14 +20,19 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     65,536 scales up.
     """
     absmax = absmax.reshape(-1)
-    count = absmax.numel()
-    offset = absmax.new_zeros(1)
-    if count:
-        mean = absmax.mean()
-        # The sum of scales near fp32's largest value overflows; their mean does not.
-        offset = torch.where(mean.isinf(), (absmax / count).sum(), mean).view(1)
+    offset = mean(absmax)
     codes, nested_absmax = quantize_dynamic(absmax - offset, signed=True, block_size=NESTED_BLOCK_SIZE)
     return codes, nested_absmax, offset
+
+
+def mean(absmax: Tensor) -> Tensor:
+    """The offset of fp32 scales `[B]`, fp32 `[1]`."""
+    count = absmax.numel()
+    if not count:
+        return absmax.new_zeros(1)
+    mean = absmax.mean()
+    # The sum of scales near fp32's largest value overflows; their mean does not.
+    return torch.where(mean.isinf(), (absmax / count).sum(), mean).view(1)
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ INT8_GRAD_TOKENS = 64
 HOPPER_INT8_K = 32768
 
 
+# Where weight-only was asked for, a CPU multiplies with the codes up to here, and beyond it decodes them once.
+CPU_FUSED_INT8_TOKENS = 16
+
+
 def linear_8bit_path(device: str, m: int, int8_activations: bool | None = None) -> str:
     """ "weight_only" or "llm_int8" for `m` tokens on a device type; int8_activations asks for the one or the other."""
     if int8_activations is not None:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kbit.formats import blocks, double
 from kbit.formats.spec import NESTED_BLOCK_SIZE
 from kbit.ops import choose, reference
-from kbit.ops.schemas import check_weight, library
+from kbit.ops.schemas import check_weight, library, tokens
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Scales = Sequence[Tensor | None]
@@ -171,6 +173,87 @@ def _spans(offsets: Tensor, out: Tensor) -> list[tuple[int, int, int]]:
     return [(e, begin, end) for e, (begin, end) in enumerate(zip(starts, ends, strict=True)) if end > begin]
 
 
+def quantize_4bit(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    native = kernels("quantize") if x.dtype in _DTYPES else None
+    return (native or blocks).quantize_4bit(x, codebook, block_size)
+
+
+def quantize_dynamic(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
+    native = kernels("quantize") if x.dtype in _DTYPES else None
+    found = native.quantize_dynamic(x, signed, block_size) if native else None
+    return found or blocks.quantize_dynamic(x, signed, block_size)
+
+
+def dequantize_dynamic(codes: Tensor, absmax: Tensor, signed: bool, block_size: int, dtype: torch.dtype) -> Tensor:
+    native = kernels("quantize") if dtype in _DTYPES else None
+    return (native or reference).dequantize_dynamic(codes, absmax, signed, block_size, dtype)
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    absmax = absmax.reshape(-1)
+    offset = double.mean(absmax)
+    codes, nested_absmax = quantize_dynamic(absmax - offset, True, NESTED_BLOCK_SIZE)
+    return codes, nested_absmax, offset
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    return (kernels("quantize") or reference).dequantize_absmax(codes, nested_absmax, nested_offset)
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    native = kernels("quantize") if x.dtype in _DTYPES else None
+    return (native.quantize_int8(x) if native else None) or blocks.quantize_int8(x)
+
+
+def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    native = kernels("quantize") if dtype in _DTYPES else None
+    return (native or reference).dequantize_int8(codes, absmax, dtype)
+
+
+def embedding_8bit(ids: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = ids.reshape(-1).long()
+    # index_select refuses a row that does not exist.
+    values = dequantize_int8(weight.index_select(0, rows), absmax.index_select(0, rows), dtype)
+    return values.view(*ids.shape, weight.shape[-1])
+
+
+def linear_8bit(  # type: ignore[no-untyped-def]
+    x, weight, absmax, bias, outlier_threshold, int8_activations=None
+) -> Tensor:
+    native = kernels("linear_8bit") if x.dtype in _DTYPES else None
+    m = tokens(x)
+    path = choose.linear_8bit_path("cpu", m, int8_activations)
+    if native is None or not x.numel() or weight.shape[-1] > reference.INT32_K:
+        return reference.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
+    n = weight.shape[0]
+    torch._check(absmax.numel() == n, lambda: f"an int8 weight of {n} rows has {n} scales, got {absmax.numel()}")
+    torch._check(bias is None or bias.numel() == n, lambda: f"an int8 weight of {n} rows takes a bias [{n}]")
+    if path == "weight_only" and m > choose.CPU_FUSED_INT8_TOKENS:
+        return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
+    out = native.linear_8bit(x, weight, absmax, bias, outlier_threshold, path == "llm_int8")
+    if out is None:
+        return reference.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
+    return out
+
+
+def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    return grad @ dequantize_int8(weight, absmax, grad.dtype)
+
+
+def experts_8bit(x: Tensor, offsets: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    def product(rows: Tensor, e: int) -> Tensor:
+        return linear_8bit(rows, weight[e], absmax[e], None if bias is None else bias[e], 0.0, False)
+
+    return reference.by_expert(x, offsets, weight.shape[1], product)
+
+
+def experts_8bit_grad_input(grad: Tensor, offsets: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    def product(rows: Tensor, e: int) -> Tensor:
+        return linear_8bit_grad_input(rows, weight[e], absmax[e])
+
+    return reference.by_expert(grad, offsets, weight.shape[2], product)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_4bit": linear_4bit,
     "linear_4bit_grad_input": linear_4bit_grad_input,
@@ -178,6 +261,18 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "embedding_4bit": embedding_4bit,
     "experts_4bit": experts_4bit,
     "experts_4bit_grad_input": experts_4bit_grad_input,
+    "quantize_4bit": quantize_4bit,
+    "quantize_absmax": quantize_absmax,
+    "dequantize_absmax": dequantize_absmax,
+    "quantize_int8": quantize_int8,
+    "dequantize_int8": dequantize_int8,
+    "quantize_dynamic": quantize_dynamic,
+    "dequantize_dynamic": dequantize_dynamic,
+    "linear_8bit": linear_8bit,
+    "linear_8bit_grad_input": linear_8bit_grad_input,
+    "embedding_8bit": embedding_8bit,
+    "experts_8bit": experts_8bit,
+    "experts_8bit_grad_input": experts_8bit_grad_input,
 }
 
 for _name, _function in IMPLEMENTATIONS.items():

@@ -39,6 +39,10 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
     return double.dequantize_absmax(codes, as_float(nested_absmax), as_float(nested_offset))
 
 
+def dequantize_dynamic(codes: Tensor, absmax: Tensor, signed: bool, block_size: int, dtype: torch.dtype) -> Tensor:
+    return blocks.dequantize_dynamic(codes, as_float(absmax), signed, block_size, dtype)
+
+
 def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return blocks.dequantize_int8(codes, as_float(absmax), dtype)
 
@@ -125,7 +129,7 @@ def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tens
     return grad @ dequantize_int8(weight, absmax, grad.dtype)
 
 
-def _by_expert(x: Tensor, offsets: Tensor, columns: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
+def by_expert(x: Tensor, offsets: Tensor, columns: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
     """`product(rows of expert e, e)` for every expert that has rows, as `[S, columns]`; other rows are 0."""
     out = x.new_zeros((x.shape[0], columns))
     begin = 0
@@ -173,27 +177,27 @@ def _expert_decoder(offsets, n, k, codes, absmax, nested_absmax, nested_offset, 
 def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
     scales = (absmax, nested_absmax, nested_offset)
     decode = _expert_decoder(offsets, n, x.shape[1], weight, *scales, codebook, block_size, x.dtype)
-    return _by_expert(x, offsets, n, lambda rows, e: F.linear(rows, decode(e), None if bias is None else bias[e]))
+    return by_expert(x, offsets, n, lambda rows, e: F.linear(rows, decode(e), None if bias is None else bias[e]))
 
 
 def experts_4bit_grad_input(grad, offsets, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
     scales = (absmax, nested_absmax, nested_offset)
     decode = _expert_decoder(offsets, grad.shape[1], k, weight, *scales, codebook, block_size, grad.dtype)
-    return _by_expert(grad, offsets, k, lambda rows, e: rows @ decode(e))
+    return by_expert(grad, offsets, k, lambda rows, e: rows @ decode(e))
 
 
 def experts_8bit(x: Tensor, offsets: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
     def product(rows: Tensor, e: int) -> Tensor:
         return F.linear(rows, dequantize_int8(weight[e], absmax[e], x.dtype), None if bias is None else bias[e])
 
-    return _by_expert(x, offsets, weight.shape[1], product)
+    return by_expert(x, offsets, weight.shape[1], product)
 
 
 def experts_8bit_grad_input(grad: Tensor, offsets: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
     def product(rows: Tensor, e: int) -> Tensor:
         return rows @ dequantize_int8(weight[e], absmax[e], grad.dtype)
 
-    return _by_expert(grad, offsets, weight.shape[2], product)
+    return by_expert(grad, offsets, weight.shape[2], product)
 
 
 def embedding_4bit(ids, weight, absmax, nested_absmax, nested_offset, codebook, block_size, dim, dtype):
@@ -238,9 +242,7 @@ IMPLEMENTATIONS = {
     "quantize_int8": blocks.quantize_int8,
     "dequantize_int8": dequantize_int8,
     "quantize_dynamic": blocks.quantize_dynamic,
-    "dequantize_dynamic": lambda codes, absmax, signed, block_size, dtype: blocks.dequantize_dynamic(
-        codes, as_float(absmax), signed, block_size, dtype
-    ),
+    "dequantize_dynamic": dequantize_dynamic,
     "linear_4bit": linear_4bit,
     "linear_4bit_grad_input": linear_4bit_grad_input,
     "linear_8bit": linear_8bit,

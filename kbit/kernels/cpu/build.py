@@ -19,7 +19,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 # One operation (or a few that share their inner loop) a source.
-KERNELS = ("optim", "linear_4bit")
+KERNELS = ("linear_4bit", "linear_8bit", "optim", "quantize")
 PLATFORM = "platform"
 
 # No fused multiply-add and no relaxed arithmetic: results must equal the plain torch path to the bit.
