@@ -42,14 +42,11 @@ def test_weight_only(shape, dtype):
     for scales in (absmax, absmax.view(torch.int32)):
         got = linear_8bit(x, codes, scales, bias, 6.0, False)
         assert got.dtype == dtype and got.shape == want.shape
-        # Above a few tokens the weight itself is rounded to x's dtype.
-        slack = (
-            TOLERANCE[dtype] * want.abs()
-            + (TOLERANCE[dtype] if m > 16 or dtype == torch.float16 else 2e-6) * size
-            + 1e-6
-        )
-        if not (linear_is_native() and m <= 16):
+        slack = TOLERANCE[dtype] * want.abs() + 2e-6 * size + 1e-6
+        if not linear_is_native() or m > 16:  # the weight itself is rounded to x's dtype
             slack = slack + TOLERANCE[dtype] * size
+        elif m > 4 and dtype != torch.float32:  # x has 16 bits under the scale of its largest value
+            slack = slack + 2**-11 * size
         assert ((got.double() - want).abs() <= slack).all()
 
 

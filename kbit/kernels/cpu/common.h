@@ -144,6 +144,26 @@ template <class T> class Array {
     T* data_;
 };
 
+// Memory of one thread that is kept from call to call: fresh pages would cost more than filling them.
+class Scratch {
+  public:
+    ~Scratch() { std::free(data_); }
+    // At least `bytes`, on a page; null where there is no memory. What was there before is gone.
+    void* get(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            data_ = std::aligned_alloc(4096, size_t(size_));
+            if (!data_) size_ = 0;
+        }
+        return data_;
+    }
+
+  private:
+    void* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
 // Runs work(begin, end) over [0, units), in pieces of `grain`; threads take the next piece when they are free.
 template <class F> void parallel_for(int64_t units, int64_t grain, int64_t threads, const F& work) {
     struct Shared {

@@ -1,9 +1,9 @@
 // Products with an int8 weight W [N, K] that has one scale a row: out [M, N] = x [M, K] @ W^T.
 //
 // LLM_INT8     x is quantized to int8 by rows, but for the columns that hold an outlier; those are multiplied in fp32.
-// WEIGHT_ONLY  x counts as it is. AVX512 multiplies it in integers too: a token is scaled by a power of two to an integer
-//              of 22 bits (30 for fp32), which is cut into 3 (4) signed bytes, the planes. Each plane is a row of int8
-//              activations; sums are exact. A bf16 value down to 2^-14 of its token's largest is represented exactly.
+// WEIGHT_ONLY  x counts as it is. AVX512 multiplies it in integers too: a token is scaled to an integer of 22 bits (16 from
+//              5 tokens on; 30 for fp32), which is cut into 3 (2, 4) signed bytes, the planes. Each plane is a row of int8
+//              activations; sums are exact. What is lost is 2^-23 (2^-16, 2^-31) of the token's largest value.
 //
 // AVX512-VNNI multiplies unsigned with signed bytes: the weight is taken as code + 128, and 128 times the sum of a row of
 // activations is taken off in the end. int32 sums may wrap on the way; the difference is right modulo 2^32.
@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int64_t PANEL = 32;  // rows of W in a unit of work
+constexpr int64_t PREFETCH = 2048;  // bytes ahead in a row of W
 constexpr int TILE = 12;       // rows of activations that are multiplied at once
 enum Mode { WEIGHT_ONLY, LLM_INT8 };
 
@@ -76,9 +77,10 @@ bool row_planes(const float* x, Rows& rows, int64_t token, int64_t k) {
     float most = largest(x, k);
     if ((bits_of(most) & 0x7f800000) == 0x7f800000) return false;
     int exponent = most == 0.0f ? 0 : std::ilogb(most);
-    int shift = (rows.planes == 4 ? 29 : 21) - exponent;  // |x| * 2^shift is below 2^30 or 2^22
-    int half = shift / 2;
-    __m512 first = _mm512_set1_ps(std::ldexp(1.0f, half)), second = _mm512_set1_ps(std::ldexp(1.0f, shift - half));
+    // The largest magnitude becomes less than 2^30 or 2^22 by a power of two, or what two planes can hold just so.
+    float top = rows.planes == 2 ? 32639.0f / std::ldexp(most == 0.0f ? 1.0f : most, -exponent) : 1.0f;
+    int shift = (rows.planes == 4 ? 29 : rows.planes == 3 ? 21 : 0) - exponent, half = shift / 2;
+    __m512 first = _mm512_set1_ps(std::ldexp(1.0f, half)), second = _mm512_set1_ps(std::ldexp(top, shift - half));
     int8_t* codes = rows.codes + token * rows.planes * rows.stride;
     const __m512i round = _mm512_set1_epi32(128);
     for (int64_t i = 0; i < k; i += 16) {
@@ -90,7 +92,7 @@ bool row_planes(const float* x, Rows& rows, int64_t token, int64_t k) {
         }
     }
     rows.scale[token] = std::ldexp(1.0f, -half);
-    rows.scale2[token] = std::ldexp(1.0f, half - shift);
+    rows.scale2[token] = std::ldexp(1.0f / top, half - shift);
     return true;
 }
 #endif
@@ -110,46 +112,64 @@ void finish_row(Rows& rows, int64_t row, int64_t k) {
 #if defined(KBIT_AVX512)
 inline __m512i unsigned_weights(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(char(0x80))); }
 
-// R rows of activations with W rows of the weight, both along K.
-template <int W, int R> void dots(const int8_t* a, int64_t stride, const int8_t* w, int64_t k, int32_t* sums) {
+// Columns [begin, end) of R rows of activations with those of W rows of the weight, added to `sums`.
+template <int W, int R>
+void dots(const int8_t* a, int64_t stride, const int8_t* w, int64_t k, int64_t begin, int64_t end, int32_t* sums) {
     __m512i acc[W][R];
+#pragma GCC unroll 16
     for (int j = 0; j < W; j++)
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) acc[j][r] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < k; i += 64) {
-        __mmask64 in = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
+    for (int64_t i = begin; i < end; i += 64) {
+        __mmask64 in = end - i >= 64 ? ~0ull : (1ull << (end - i)) - 1;
         __m512i weights[W];
+#pragma GCC unroll 16
         for (int j = 0; j < W; j++) {
-            _mm_prefetch(reinterpret_cast<const char*>(w + j * k + i + 1024), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(w + j * k + i + PREFETCH), _MM_HINT_T0);
             weights[j] = unsigned_weights(_mm512_maskz_loadu_epi8(in, w + j * k + i));
         }
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             __m512i row = _mm512_loadu_si512(a + r * stride + i);  // zero beyond K
+#pragma GCC unroll 16
             for (int j = 0; j < W; j++) acc[j][r] = _mm512_dpbusd_epi32(acc[j][r], weights[j], row);
         }
     }
+#pragma GCC unroll 16
     for (int j = 0; j < W; j++)
-        for (int r = 0; r < R; r++) sums[r * PANEL + j] = _mm512_reduce_add_epi32(acc[j][r]);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            sums[r * PANEL + j] = int32_t(uint32_t(sums[r * PANEL + j]) + uint32_t(_mm512_reduce_add_epi32(acc[j][r])));
 }
 
+// A stretch of columns at a time, so short that the activations stay in the L1 cache for all rows of the panel.
 template <int R> void few_rows(const int8_t* a, int64_t stride, const int8_t* w, int64_t n, int64_t k, int32_t* sums) {
     constexpr int W = R <= 6 ? 4 : 2;
-    int64_t j = 0;
-    for (; j + W <= n; j += W) dots<W, R>(a, stride, w + j * k, k, sums + j);
-    for (; j < n; j++) dots<1, R>(a, stride, w + j * k, k, sums + j);
+    constexpr int64_t STRETCH = 24576 / R / 64 * 64;
+    std::memset(sums, 0, size_t(R * PANEL) * sizeof(int32_t));
+    for (int64_t begin = 0; begin < k; begin += STRETCH) {
+        int64_t end = begin + STRETCH < k ? begin + STRETCH : k, j = 0;
+        for (; j + W <= n; j += W) dots<W, R>(a, stride, w + j * k, k, begin, end, sums + j);
+        for (; j < n; j++) dots<1, R>(a, stride, w + j * k, k, begin, end, sums + j);
+    }
 }
 
 // 16 rows of W, 64 bytes each from column `begin`, as [16][16 rows][4]; zero codes beyond n rows and k columns.
 void pack16(const int8_t* w, int64_t n, int64_t k, int64_t begin, uint8_t* out) {
     __m512i r[16], t[16];
     __mmask64 in = k - begin >= 64 ? ~0ull : (1ull << (k - begin)) - 1;
+#pragma GCC unroll 16
     for (int j = 0; j < 16; j++) {
+        if (j < n) _mm_prefetch(reinterpret_cast<const char*>(w + j * k + begin + PREFETCH), _MM_HINT_T0);
         r[j] = j < n ? _mm512_maskz_loadu_epi8(in, w + j * k + begin) : _mm512_setzero_si512();
         r[j] = unsigned_weights(r[j]);
     }
+#pragma GCC unroll 16
     for (int j = 0; j < 16; j += 2) {
         t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
         t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
     }
+#pragma GCC unroll 16
     for (int j = 0; j < 16; j += 4) {
         r[j] = _mm512_unpacklo_epi64(t[j], t[j + 2]);
         r[j + 1] = _mm512_unpackhi_epi64(t[j], t[j + 2]);
@@ -157,6 +177,7 @@ void pack16(const int8_t* w, int64_t n, int64_t k, int64_t begin, uint8_t* out) 
         r[j + 3] = _mm512_unpackhi_epi64(t[j + 1], t[j + 3]);
     }
     // r[4g + c] holds, in its lane l, column 4l + c of rows 4g to 4g + 3.
+#pragma GCC unroll 16
     for (int c = 0; c < 4; c++) {
         __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xee);
         __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
@@ -166,20 +187,25 @@ void pack16(const int8_t* w, int64_t n, int64_t k, int64_t begin, uint8_t* out) 
         t[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
         t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
     }
+#pragma GCC unroll 16
     for (int c = 0; c < 16; c++) _mm512_store_si512(out + c * PANEL * 4, t[c]);
 }
 
 void pack(const int8_t* w, int64_t n, int64_t k, uint8_t* out) {
-    for (int64_t i = 0; i < k; i += 64)
-        for (int64_t j = 0; j < PANEL; j += 16) pack16(w + j * k, n - j, k, i, out + i * PANEL + j * 4);
+    for (int64_t begin = 0; begin < k; begin += 256)  // a few lines of a row in turn, as memory likes it
+        for (int64_t j = 0; j < PANEL; j += 16)
+            for (int64_t i = begin; i < (begin + 256 < k ? begin + 256 : k); i += 64)
+                pack16(w + j * k, n - j, k, i, out + i * PANEL + j * 4);
 }
 
 // R rows of activations with a packed panel.
 template <int R> void outer(const int8_t* a, int64_t stride, const uint8_t* packed, int64_t k, int32_t* sums) {
     __m512i acc[R][2];
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
     for (int64_t i = 0; i < k; i += 4) {
         __m512i w0 = _mm512_load_si512(packed + i * PANEL), w1 = _mm512_load_si512(packed + i * PANEL + 64);
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             int32_t four;
             std::memcpy(&four, a + r * stride + i, 4);
@@ -188,6 +214,7 @@ template <int R> void outer(const int8_t* a, int64_t stride, const uint8_t* pack
             acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, row);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
         _mm512_storeu_si512(sums + r * PANEL, acc[r][0]);
         _mm512_storeu_si512(sums + r * PANEL + 16, acc[r][1]);
@@ -304,20 +331,21 @@ bool multiply(const Task& t, const Rows& rows) {
 #if defined(KBIT_AVX512)
             packing = rows.count > TILE;
 #endif
-            Array<uint8_t> packed(packing ? rows.stride * PANEL : 0);
-            if (!outlier_weights.ok() || !packed.ok()) {
+            static thread_local Scratch scratch;
+            uint8_t* packed = packing ? static_cast<uint8_t*>(scratch.get(rows.stride * PANEL)) : nullptr;
+            if (!outlier_weights.ok() || (packing && !packed)) {
                 ok = false;
                 return;
             }
             outlier_panel(t, rows, n0, n, outlier_weights.get());
 #if defined(KBIT_AVX512)
-            if (packing) pack(w, n, t.k, packed.get());
+            if (packing) pack(w, n, t.k, packed);
 #endif
             for (int64_t row = 0; row < rows.count; row += TILE) {
                 int64_t count = rows.count - row < TILE ? rows.count - row : TILE;
                 const int8_t* a = rows.codes + row * rows.stride;
 #if defined(KBIT_AVX512)
-                if (packing) tile_packed(count, a, rows.stride, packed.get(), t.k, sums);
+                if (packing) tile_packed(count, a, rows.stride, packed, t.k, sums);
                 else
 #endif
                     tile_few(count, a, rows.stride, w, n, t.k, sums);
@@ -333,7 +361,7 @@ enum Result { DONE, NO_MEMORY, NOT_FINITE };
 #if defined(KBIT_AVX512)
 Result weight_only(const Task& t) {
     Rows rows{};
-    rows.planes = t.dtype == F32 ? 4 : 3;
+    rows.planes = t.dtype == F32 ? 4 : t.m <= 4 ? 3 : 2;  // up to 4 tokens memory sets the time
     rows.count = t.m * rows.planes;
     rows.stride = padded(t.k);
     Array<int8_t> codes(rows.count * rows.stride);

@@ -233,25 +233,3 @@ KBIT_EXPORT(void, kbit_dequantize_int8)(const int8_t* codes, const float* absmax
             }
     });
 }
-
-// Whether every value is finite.
-KBIT_EXPORT(int32_t, kbit_all_finite)(const void* x, int32_t dtype, int64_t count, int32_t threads) {
-    std::atomic<int32_t> good{1};
-    parallel_for((count + PIECE - 1) / PIECE, 16, threads, [&](int64_t from, int64_t to) {
-        for (int64_t piece = from; piece < to && good; piece++) {
-            int64_t begin = piece * PIECE, n = count - begin < PIECE ? count - begin : PIECE;
-            if (dtype == F32) {
-                if (!finite(largest(static_cast<const float*>(x) + begin, n))) good = 0;
-                continue;
-            }
-            const uint16_t* in = static_cast<const uint16_t*>(x) + begin;
-            uint16_t most = 0, infinite = dtype == BF16 ? 0x7f80 : 0x7c00;
-            for (int64_t i = 0; i < n; i++) {
-                uint16_t a = in[i] & 0x7fff;
-                most = a > most ? a : most;
-            }
-            if (most >= infinite) good = 0;
-        }
-    });
-    return good;
-}

@@ -98,10 +98,3 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     call = library.function("kbit_dequantize_int8", (_P, _P, _I64, _I64, _P, _I32, _I32))
     call(*(codes.data_ptr(), absmax.data_ptr(), rows, k, out.data_ptr(), DTYPES[dtype]), torch.get_num_threads())
     return out
-
-
-def all_finite(x: Tensor) -> bool:
-    """Whether every value of a tensor (fp32, bf16, fp16) is finite."""
-    x = x.detach().contiguous()
-    call = library.function("kbit_all_finite", (_P, _I32, _I64, _I32), _I32)
-    return bool(call(x.data_ptr(), DTYPES[x.dtype], x.numel(), torch.get_num_threads()))
