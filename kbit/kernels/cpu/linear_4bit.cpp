@@ -32,21 +32,6 @@ struct Task {
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Scratch memory of one thread, kept between calls; aligned for vector loads. Null where there is none.
-struct Scratch {
-    void* memory = nullptr;
-    size_t size = 0;
-    ~Scratch() { std::free(memory); }
-    void* get(size_t bytes) {
-        if (bytes > size) {
-            std::free(memory);
-            size = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-            memory = std::aligned_alloc(4096, size);
-            if (!memory) size = 0;
-        }
-        return memory;
-    }
-};
 thread_local Scratch packed_x, scratch;
 
 // ---- scales ----
@@ -194,7 +179,7 @@ template <class L, bool SMALL, int R, int MT>
 bool fused_rows(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
     constexpr int64_t PIECE = SMALL ? 32 : 64;
     int64_t row_bytes = t.w.k / 2, pieces = t.w.k / PIECE, ld = ldx / PIECE;
-    float* scales = static_cast<float*>(scratch.get(size_t(ld * R) * sizeof(float)));
+    float* scales = static_cast<float*>(scratch.get(ld * R * int64_t(sizeof(float))));
     if (!scales) return false;
     float sums[R * MT];
     const uint8_t* end = t.w.codes + t.w.n * row_bytes;
