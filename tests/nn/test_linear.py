@@ -11,9 +11,10 @@ from tests.nn.helpers import DTYPES, LABELS, bits_of, empty_linear, linear, refe
 
 
 def close(out, expected, label, dtype):
-    """Kernels multiply int8 codes as they are and scale the sum: the weight's own rounding to `dtype` does not happen."""
+    """Kernels multiply int8 codes and scale the sum: the weight is not rounded to `dtype`."""
     rounding = torch.finfo(dtype).eps * expected.abs().max().item() if label == "int8" else 0.0
-    torch.testing.assert_close(out, expected, rtol=max(torch.finfo(dtype).eps * 2, 1.3e-6), atol=max(rounding, 1e-5))
+    rtol = max(torch.finfo(dtype).eps * 2, 1.3e-6)
+    torch.testing.assert_close(out, expected, rtol=rtol, atol=max(rounding, 1e-5))
 
 
 @pytest.mark.parametrize("label", LABELS)
