@@ -14,7 +14,7 @@ def register() -> None:
     """Register kbit's config and quantizer in the transformers that is imported. Safe to call again."""
     from transformers.quantizers import auto
 
-    from kbit.integrations.transformers import attach
+    from kbit.integrations.transformers import attach, native
     from kbit.integrations.transformers.config import KbitConfig
     from kbit.integrations.transformers.quantizer import quantizer_class
 
@@ -22,4 +22,5 @@ def register() -> None:
         auto.register_quantization_config(QUANT_METHOD)(KbitConfig)
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(QUANT_METHOD)(quantizer_class())
+    native.install(auto)
     attach.install()

@@ -7,12 +7,18 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kbit.checkpoint import bnb
 from kbit.config import KbitConfig as PlainConfig
+
+BITSANDBYTES = "bitsandbytes"
 
 
 # transformers compares class names when a checkpoint brings a config and the caller passes another: same name.
 class KbitConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]
     """`kbit.KbitConfig` as transformers wants it. Users pass `kbit.KbitConfig`; this class is made from it."""
+
+    # How the checkpoint that this config came from stores its weights; what is saved is native in any case.
+    layout = "native"
 
     __repr__ = PlainConfig.__repr__
     __eq__ = PlainConfig.__eq__
@@ -37,6 +43,13 @@ class KbitConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]
         config = super().from_dict({**config_dict, **{key: kwargs[key] for key in kwargs if key in known}})
         if return_unused_kwargs:
             return config, {key: value for key, value in kwargs.items() if key not in known}
+        return config
+
+    @classmethod
+    def from_bitsandbytes(cls, config_dict: dict[str, Any]) -> KbitConfig:
+        """The config that loads a bitsandbytes checkpoint into kbit's layers. Raises ValueError as `bnb.kbit_config`."""
+        config = cls.from_plain(bnb.kbit_config(config_dict))
+        config.layout = BITSANDBYTES
         return config
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from kbit.integrations.transformers import keys, offload, ties
+from kbit.integrations.transformers import foreign, keys, offload, ties
 from kbit.integrations.transformers.config import KbitConfig
 from kbit.integrations.transformers.heap import Trimmer, trim
 from kbit.integrations.transformers.pieces import quantize_in_pieces
@@ -42,6 +42,8 @@ class KbitQuantizer(HfQuantizer):
         self.modules: dict[str, QuantizedModule] = {}
         self.groups: ties.Groups = []
         self.missing: set[str] = set()
+        # Where the checkpoint has another layout than the modules: what reads it.
+        self.foreign: foreign.Foreign | None = None
         self.trimmer = Trimmer()
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
@@ -63,6 +65,8 @@ class KbitQuantizer(HfQuantizer):
 
         Both versions also ask this before they compare shapes; those are compared here, with the key in the error.
         """
+        if self.foreign is not None and param_name in self.foreign.floats:
+            return True
         return keys.split(param_name, self.modules) is not None
 
     def note_dtype(self, config: Any, dtype: torch.dtype) -> None:
@@ -71,6 +75,11 @@ class KbitQuantizer(HfQuantizer):
     # -- before loading -----------------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        files = list(kwargs.get("checkpoint_files") or [])
+        if self.pre_quantized:
+            self.foreign = foreign.open_checkpoint(model, self.quantization_config, files)
+            if self.foreign is not None:
+                self.quantization_config = self.foreign.config
         model.config.quantization_config = self.quantization_config
         replace_empty(model, self.quantization_config)
         self.modules = ties.quantized_modules(model)
@@ -83,8 +92,8 @@ class KbitQuantizer(HfQuantizer):
             module._is_hf_initialized = True  # type: ignore[assignment]
             for part in module.parts().values():
                 part._is_hf_initialized = True  # type: ignore[attr-defined]
-        if self.pre_quantized and kwargs.get("checkpoint_files"):
-            keys.check_headers(kwargs["checkpoint_files"], self.modules, model.base_model_prefix)
+        if self.pre_quantized and files and not (self.foreign and self.foreign.weights.bitsandbytes):
+            keys.check_headers(files, self.modules, model.base_model_prefix)
         self._watch_keys(model)
         return model
 
@@ -103,7 +112,9 @@ class KbitQuantizer(HfQuantizer):
                 missing, unexpected = result[:2]
                 self._check_keys(model, set(missing), set(unexpected))
                 kept = type(missing)(key for key in missing if not self._is_scale(key))
-                return (kept, *result[1:])
+                if self.foreign is None:
+                    return (kept, *result[1:])
+                return (kept, type(unexpected)(self.foreign.unexpected(unexpected)), *result[2:])
             info = args[0] if args else kwargs["loading_info"]
             try:
                 self._check_keys(model, set(info.missing_keys), set(info.unexpected_keys))
@@ -113,6 +124,9 @@ class KbitQuantizer(HfQuantizer):
                 info.conversion_errors.clear()
                 raise
             info.missing_keys = {key for key in info.missing_keys if not self._is_scale(key)}
+            if self.foreign is not None:
+                info.missing_keys -= {f"{name}.weight" for name in self.modules if self.foreign.has(name)}
+                info.unexpected_keys = self.foreign.unexpected(info.unexpected_keys)
             return result
 
         setattr(model, _ADJUST, adjust_and_check)
@@ -121,11 +135,21 @@ class KbitQuantizer(HfQuantizer):
         return keys.split(key, self.modules) is not None and key.rpartition(".")[2] in keys.SCALE_NAMES
 
     def _check_keys(self, model: Any, missing: set[str], unexpected: set[str]) -> None:
+        if self.foreign is not None:
+            missing, unexpected = self._take_foreign(model, missing, unexpected)
         if self.pre_quantized:
             keys.check_complete(model, self.modules, missing | self.missing, unexpected)
         for name in sorted({key.rpartition(".")[0] for key in missing | self.missing if keys.split(key, self.modules)}):
             if name in self.modules:
                 self._make_new(model, name)
+
+    def _take_foreign(self, model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+        """The keys that are still missing or unexpected once what `self.foreign` reads is taken out."""
+        assert self.foreign is not None
+        foreign_keys = {key for key in missing | self.missing if self.foreign.has(key.rpartition(".")[0])}
+        foreign_keys = {key for key in foreign_keys if keys.split(key, self.modules)}
+        self.missing -= foreign_keys
+        return missing - foreign_keys, self.foreign.unexpected(unexpected)
 
     def _make_new(self, model: Any, name: str) -> None:
         """A layer that the checkpoint does not have is new: floating point, drawn as the model draws, trainable."""
@@ -198,6 +222,8 @@ class KbitQuantizer(HfQuantizer):
             names = [n for n in group_of.get(name, [name]) if n in self.modules]
             done.update(names)
             if module.weight.is_meta:
+                if self.foreign is not None and self.foreign.has(name):
+                    self.foreign.refuse_offloaded(name, module.weight)
                 offload.settle(names, module, self.modules)
             else:
                 parts = {p: keys.fit(f"{name}.{p}", t, module, p) for p, t in module.parts().items()}

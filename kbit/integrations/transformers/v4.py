@@ -58,7 +58,16 @@ class KbitQuantizerV4(KbitQuantizer):
         if param_name in self.missing:
             return  # a placeholder of transformers for a layer that the checkpoint does not have
         name, part = param_name.rsplit(".", 1)
-        if self.pre_quantized:
+        if self.foreign is not None and param_name in self.foreign.floats:
+            module = model.get_submodule(name)
+            module.weight = self.foreign.dequantized(param_name, target_device, module.weight)
+            module.weight._is_hf_initialized = True
+            return
+        if self.foreign is not None and self.foreign.has(name):
+            if part != "weight":
+                return  # it was read with the codes
+            parts = self.foreign.parts(name, self.modules[name], target_device, param_value[...].to(target_device))
+        elif self.pre_quantized:
             parts = {part: keys.fit(param_name, param_value[...], self.modules[name], part).to(target_device)}
         else:
             self.trimmer.freed(param_value.nbytes)  # the caller let go of the one before when it read this one

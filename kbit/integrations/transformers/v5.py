@@ -74,6 +74,20 @@ class KbitQuantizerV5(KbitQuantizer):
             self._load_one_by_one()
         return model
 
+    def _take_foreign(self, model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+        # Everything else is loaded by now, and what was missing lies on its device, without values.
+        missing, unexpected = super()._take_foreign(model, missing, unexpected)
+        assert self.foreign is not None
+        for name, module in self.modules.items():
+            if self.foreign.has(name):
+                self.foreign.refuse_offloaded(name, module.weight)
+                module.set_parts(self.foreign.parts(name, module, module.weight.device, module.weight.detach()))
+        for name in self.foreign.floats:
+            module = model.get_submodule(name.rpartition(".")[0])
+            self.foreign.refuse_offloaded(name, module.weight)
+            module.weight = self.foreign.dequantized(name, module.weight.device, torch.empty(0, dtype=model.dtype))
+        return missing, unexpected
+
     def _expect_floating_point(self) -> None:
         # Early releases of version 5 cast a tensor to the dtype of the Parameter it is loaded into before they
         # quantize it: until then the weights are the floating point ones, on the meta device.
@@ -119,6 +133,8 @@ class KbitQuantizerV5(KbitQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast for the parts of quantized weights: a wrong dtype in the checkpoint is an error, found later."""
         targets = getattr(converter, "target_patterns", None) or [""]
+        if self.foreign is not None and not self.foreign.floats.isdisjoint(targets):
+            return None
         if any(keys.split(target, self.modules) is not None for target in targets):
             return None
         return super().get_new_dtype(converter, param, dtype)
