@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +93,7 @@ def load_model(source: Source, format_name: str, device: str = "cpu") -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from kbit.checkpoint.bnb import kbit_config
     from kbit.config import KbitConfig
 
     logging.disable_progress_bar()
@@ -108,12 +108,8 @@ def load_model(source: Source, format_name: str, device: str = "cpu") -> Any:
         kwargs["quantization_config"] = KbitConfig.from_format(format_name)
     if device != "cpu":
         kwargs["device_map"] = {"": device}
-    if source.saved_format == "bitsandbytes":
-        from kbit.integrations.bitsandbytes import install_as_bitsandbytes
-
-        # A real bitsandbytes reads its own files; without it kbit's drop-in does.
-        with contextlib.suppress(RuntimeError, ImportError):
-            install_as_bitsandbytes()
+    if source.saved_format == "bitsandbytes":  # into kbit's own layers, whether or not a bitsandbytes is installed
+        kwargs["quantization_config"] = kbit_config(source.config["quantization_config"])
     try:
         model = AutoModelForCausalLM.from_pretrained(str(source.folder), **kwargs)
     except ValueError as error:

@@ -47,7 +47,7 @@ class KbitConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_bitsandbytes(cls, config_dict: dict[str, Any]) -> KbitConfig:
-        """The config that loads a bitsandbytes checkpoint into kbit's layers. Raises ValueError as `bnb.kbit_config`."""
+        """The config that loads a bitsandbytes checkpoint into kbit's layers. ValueError as from `bnb.kbit_config`."""
         config = cls.from_plain(bnb.kbit_config(config_dict))
         config.layout = BITSANDBYTES
         return config

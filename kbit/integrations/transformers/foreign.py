@@ -1,15 +1,16 @@
 """Checkpoints whose quantized weights are laid out in another way than the model's modules, read weight by weight.
 
-Two kinds: bitsandbytes' layout (any model), and experts that were saved one by one (transformers 4, either layout) for a
-model that holds them fused (transformers 5). Codes and scales are taken as they are: nothing is quantized again.
+Two kinds: bitsandbytes' layout (any model), and experts that were saved one by one (transformers 4, either layout) for
+a model that holds them fused (transformers 5). Codes and scales are taken as they are: nothing is quantized again.
 
-A fused weight has one nested offset where single experts had one each, so their block scales are decoded to fp32, exactly.
-The whole model then has plain scales, since a model has one format: 0.37 bits a weight more than on disk.
+A fused weight has one nested offset where single experts had one each, so their block scales are decoded to fp32,
+exactly. The whole model then has plain scales, since a model has one format: 0.37 bits a weight more than on disk.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -23,10 +24,10 @@ from kbit.formats.packing import layout_shapes
 from kbit.formats.spec import Format
 from kbit.formats.tensor import QuantizedTensor
 from kbit.integrations.transformers.config import BITSANDBYTES, KbitConfig
-from kbit.nn.base import QuantizedModule, to_parts
+from kbit.nn.base import QuantizedModule, part_shapes, to_parts
 from kbit.nn.experts import ExpertWeight
-from kbit.ops import dequantize
 from kbit.nn.select import is_linear, output_heads, select_experts, select_modules
+from kbit.ops import dequantize
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 # What transformers may report as unexpected, since it looks for no module behind it.
@@ -66,9 +67,14 @@ class Weights:
             return value
 
     def read(
-        self, name: str, device: torch.device | str = "cpu", codes: Tensor | None = None, shape: tuple[int, int] = (0, 0)
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        fmt: Format,
+        device: torch.device | str = "cpu",
+        codes: Tensor | None = None,
     ) -> QuantizedTensor:
-        """The weight `name` on `device`. codes: its codes, where they were read already. shape: what a native one has.
+        """The weight `name` on `device`. shape, fmt: of a native one. codes: its codes, where they were read already.
 
         Raises ValueError that names the key for missing or extra parts, wrong shapes and dtypes, damaged metadata.
         """
@@ -78,7 +84,7 @@ class Weights:
         tensors = {part: self.tensor(key, "cpu" if part in blobs else device) for part, key in parts.items()}
         if codes is not None:
             tensors["weight"] = codes
-        return bnb.decode(name, tensors) if self.bitsandbytes else _native_weight(name, tensors, shape)
+        return bnb.decode(name, tensors) if self.bitsandbytes else _native_weight(name, tensors, shape, fmt)
 
     def format(self, name: str) -> Format:
         """The storage of one weight, from its header and metadata alone."""
@@ -89,18 +95,21 @@ class Weights:
         return bnb.read_metadata(name, blobs).format
 
 
-def _native_weight(name: str, tensors: dict[str, Tensor], shape: tuple[int, int]) -> QuantizedTensor:
-    """A weight `[N, K]` from the parts that kbit's own layers save."""
-    codes = tensors["weight"]
-    scales = {part: t.view(torch.float32) if t.dtype == torch.int32 else t for part, t in tensors.items()}
-    if codes.dtype == torch.int8:
-        return QuantizedTensor(codes.view(shape), scales["absmax"], torch.Size(shape), torch.float32, Format("int8", 0))
-    if codes.dim() != 2 or scales["absmax"].dim() != 2:
-        raise ValueError(f"{name} is stored in the flat layout, in which single experts cannot be fused")
-    block = 2 * codes.shape[1] // scales["absmax"].shape[1]
-    fmt = Format("nf4", block, "nested_absmax" in tensors)  # nf4 or fp4: the caller knows, codes are only moved
-    nested = {part: scales.get(part) for part in ("nested_absmax", "nested_offset")}
-    return QuantizedTensor(codes, scales["absmax"], torch.Size(shape), torch.float32, fmt, **nested)
+def _native_weight(name: str, tensors: dict[str, Tensor], shape: tuple[int, ...], fmt: Format) -> QuantizedTensor:
+    """A weight of `shape` in `fmt` from the parts that kbit's own layers save. ValueError where they do not fit."""
+    expected = part_shapes(fmt, shape)
+    if set(tensors) != set(expected):
+        raise ValueError(f"{name} has the parts {sorted(tensors)}, a {fmt.label} weight has {sorted(expected)}")
+    parts = {}
+    for part, (size, dtype) in expected.items():
+        value = tensors[part]
+        if value.dtype != dtype or value.numel() != math.prod(size):
+            key = f"{name.removesuffix('.weight')}.{part}"
+            raise ValueError(
+                f"{key} is {value.dtype} {list(value.shape)}, a {fmt.label} {list(shape)} has {dtype} {size}"
+            )
+        parts[part] = value.view(size).view(torch.float32) if dtype == torch.int32 else value.view(size)
+    return QuantizedTensor(parts.pop("weight"), shape=torch.Size(shape), dtype=torch.float32, format=fmt, **parts)
 
 
 # ---- which weight of the model is which in the checkpoint ----
@@ -159,7 +168,11 @@ class Foreign:
     """
 
     def __init__(self, model: Any, weights: Weights, config: KbitConfig) -> None:
+        for name, parts in weights.groups.items():
+            if "weight" not in parts:
+                raise ValueError(f"{name} is missing, but parts of it are there: {', '.join(sorted(parts))}")
         self.weights = weights
+        self.stored = config.weight_format  # of native weights
         self.origins = locate(model, weights.groups)
         # Weights that are quantized in the checkpoint and never in kbit (routers): they are dequantized.
         self.floats: set[str] = set()
@@ -168,10 +181,10 @@ class Foreign:
         fused = {f"{target}.weight": o for target, o in self.origins.items() if target in select_experts(model, config)}
         if weights.bitsandbytes:
             self._settle_config(model, fused)
-        else:
+        if fused and self.config.weight_format.double_quant:
+            self.config.double_quant = False  # and with it every weight is read here, for its decoded scales
+        elif not weights.bitsandbytes:
             self.origins = {}
-        if fused and config.double_quant and self.config.weight_format.is_4bit:
-            self.config.double_quant = False
         for target in fused:
             self.origins.pop(target.removesuffix(".weight"), None)
         self.origins.update(fused)
@@ -205,7 +218,9 @@ class Foreign:
                 continue
             if not _holds_weight(places[module]):
                 kind = type(places[module]).__name__
-                raise ValueError(f"{origin[0][0]} is quantized in the checkpoint, but {module} is a {kind} of this model")
+                raise ValueError(
+                    f"{origin[0][0]} is quantized in the checkpoint, but {module} is a {kind} of this model"
+                )
             self.floats.add(target)
         default = select_modules(model, self.config)
         if set(default) != stored:
@@ -224,20 +239,21 @@ class Foreign:
         if isinstance(module, ExpertWeight):
             return self._fused(name, module, origins, device)
         usable = codes is not None and codes.dtype in (torch.uint8, torch.int8) and not codes.is_meta
-        q = self.weights.read(origins[0][0], device, codes if usable else None)
+        shape = tuple(module.weight_shape)
+        q = self.weights.read(origins[0][0], shape, self.stored, device, codes if usable else None)
         if q.shape != module.weight_shape:
             raise ValueError(
                 f"{origins[0][0]} holds a weight of {list(q.shape)}, but this model's {name} has "
                 f"{list(module.weight_shape)}: the checkpoint is damaged, or config.json is of another model"
             )
-        if q.format.is_4bit:
+        if q.format.is_4bit and self.weights.bitsandbytes:
             module.weight_dtype = q.dtype
         q = _with_plain_scales(q) if q.format != module.weight_format else q
         return to_parts(q)
 
     def dequantized(self, target: str, device: Any, like: Tensor) -> nn.Parameter:
         """The floating point Parameter `target` of the model (in `self.floats`), in the dtype that `like` has."""
-        q = self.weights.read(self.origins[target][0][0], device)
+        q = self.weights.read(self.origins[target][0][0], tuple(like.shape), self.stored, device)
         dtype = like.dtype if like.dtype.is_floating_point else q.dtype
         return nn.Parameter(dequantize(q, dtype))
 
@@ -258,9 +274,8 @@ class Foreign:
         scale_rows = absmax.view(experts, len(origins), -1)
         for place, single in enumerate(origins):
             for expert, origin in enumerate(single):
-                q = _with_plain_scales(self.weights.read(origin, device, shape=(rows, k)))
-                same = q.format.name == fmt.name or (not self.weights.bitsandbytes and q.format.is_4bit and fmt.is_4bit)
-                if tuple(q.shape) != (rows, k) or not same or q.format.block_size != fmt.block_size:
+                q = _with_plain_scales(self.weights.read(origin, (rows, k), self.stored, device))
+                if tuple(q.shape) != (rows, k) or q.format != fmt:
                     raise ValueError(f"{origin} is {q.format} {list(q.shape)}, expected {fmt.label} {[rows, k]}")
                 if self.weights.bitsandbytes and q.format.is_4bit:
                     module.weight_dtype = q.dtype
@@ -279,15 +294,16 @@ class Foreign:
     def unexpected(self, keys: Iterable[str]) -> set[str]:
         """`keys` without those that are read here, under their own name or with another prefix."""
         left = {key for key in keys if not (self.weights.bitsandbytes and _LEFT_OVER.fullmatch(key))}
-        singles = {o.removesuffix(".weight") for fused in self.origins.values() for single in fused for o in single}
+        singles = {_expert_path(o) for fused in self.origins.values() for single in fused for o in single}
+        nested = (".nested_absmax", ".nested_offset")  # of other weights whose scales are decoded here
+        left = {key for key in left if not (key.endswith(nested) and self.has(key.rpartition(".")[0]))}
+        return {key for key in left if _expert_path(key) is None or _expert_path(key) not in singles}
 
-        def read(key: str) -> bool:
-            module = key.rpartition(".")[0]
-            return _SINGLE_EXPERT.search(key) is not None and any(
-                module.endswith(name) or name.endswith(module) for name in singles
-            )
 
-        return {key for key in left if not read(key)}
+def _expert_path(key: str) -> str | None:
+    """`experts.3.w1` of a part of a single expert, under whatever name its layer goes; else None."""
+    match = _SINGLE_EXPERT.search(key)
+    return key[match.start() + 1 :].rpartition(".")[0] if match else None
 
 
 def _holds_weight(module: nn.Module) -> bool:
@@ -310,9 +326,7 @@ def open_checkpoint(model: Any, config: KbitConfig, files: list[str] | None) -> 
     if not files or not select_experts(model, config) or not all(str(f).endswith(".safetensors") for f in files):
         return None
     weights = Weights(files, bitsandbytes=False)
-    singles = {name: parts for name, parts in weights.groups.items() if _SINGLE_EXPERT.search(name)}
-    weights.groups = singles
-    return Foreign(model, weights, config) if singles else None
+    return Foreign(model, weights, config) if any(map(_SINGLE_EXPERT.search, weights.groups)) else None
 
 
 def _files_of(config: Any) -> list[str]:

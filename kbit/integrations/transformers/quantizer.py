@@ -92,7 +92,7 @@ class KbitQuantizer(HfQuantizer):
             module._is_hf_initialized = True  # type: ignore[assignment]
             for part in module.parts().values():
                 part._is_hf_initialized = True  # type: ignore[attr-defined]
-        if self.pre_quantized and files and not (self.foreign and self.foreign.weights.bitsandbytes):
+        if self.pre_quantized and files and self.foreign is None:
             keys.check_headers(files, self.modules, model.base_model_prefix)
         self._watch_keys(model)
         return model
