@@ -21,6 +21,7 @@ FLOWS = [
     "damaged_checkpoints",
     "peft",
     "trainer",
+    "optimizer_names",
     "accelerate",
     "late_install",
 ]

@@ -158,3 +158,45 @@ def test_1782_1785_2067_more_than_two_to_the_31_elements():
     state = optimizer.state[p]
     assert (state["exp_avg"] != 127).nonzero().view(-1).tolist() == ends
     assert state["exp_avg_absmax"].nonzero().numel() == len({at // 256 for at in ends})
+
+
+def test_2052_the_step_runs_on_the_current_stream():
+    """Gradients that a side stream writes late are waited for, and so is the step by what follows on that stream."""
+    runs = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        params = tensors([50_000, 3000])
+        optimizer = optim.AdamW8bit(params, lr=0.01)
+        give_gradients(params, 1)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for step in range(3):
+                torch.cuda._sleep(20_000_000)
+                for p in params:
+                    p.grad.fill_(0.5 + step).mul_(p.detach())
+                optimizer.step()
+                for p in params:
+                    p.grad.zero_()
+        stream.synchronize()
+        runs.append(results(params, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_unusual_settings_take_the_cuda_step_too():
+    """Weight decay of both kinds, rates as fp64 and bf16 tensors, groups, odd sizes: as the plain rules."""
+    for kind, settings in (
+        (optim.Adam, {"weight_decay": 0.1, "lr": torch.tensor(0.01, device="cuda", dtype=torch.float64)}),
+        (optim.AdamW, {"weight_decay": 0.1, "lr": torch.tensor(2.0**-6, device="cuda", dtype=torch.bfloat16)}),
+        (optim.AdamW, {"eps": 0.0, "lr": 0.01}),
+        (optim.SGD, {"lr": 0.1}),
+    ):
+        runs = []
+        for backend in ("cuda", "torch"):
+            params = tensors([10_001, 1, 255, 256, 257])
+            optimizer = kind(params, optim_bits=8, min_8bit_size=1, **settings)
+            optimizer.backend = backend
+            for step in range(2):
+                give_gradients(params, step)
+                optimizer.step()
+            runs.append([p.detach() for p in params])
+        for a, b in zip(*runs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -227,6 +227,30 @@ def trainer():
         assert resumed.state.global_step == 8
 
 
+def optimizer_names():
+    """Every name of Trainer's that stands for an optimizer of bitsandbytes gives ours, of its bits, and it steps."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    import kbit.optim
+
+    marks = ("8bit", "32bit", "bnb", "ademamix")
+    names = [name.value for name in OptimizerNames if any(mark in name.value for mark in marks)]
+    names = [name for name in names if not name.startswith(("galore", "apollo", "adamw_torch"))]
+    assert len(names) >= 15, names
+    for name in names:
+        arguments = TrainingArguments(output_dir=str(SCRATCH / "names"), optim=name, report_to=[], use_cpu=True)
+        kind, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        p = torch.nn.Parameter(torch.ones(5000))
+        optimizer = kind([p], **keywords)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert kind.__module__.startswith("bitsandbytes.") and isinstance(optimizer, kbit.optim.KbitOptimizer), name
+        wanted = torch.uint8 if "8bit" in name else torch.float32
+        state = next(value for key, value in optimizer.state[p].items() if key not in ("step",))
+        assert state.dtype == wanted and (p < 1).all(), name
+
+
 def accelerate():
     from accelerate import init_empty_weights
     from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
@@ -301,6 +325,7 @@ FLOWS = [
     damaged_checkpoints,
     peft,
     trainer,
+    optimizer_names,
     accelerate,
     late_install,
 ]
