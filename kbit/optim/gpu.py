@@ -76,6 +76,8 @@ class Plan:
         self.spare = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.aligned = False
         if cuda:
+            if counts.max(initial=0) >= 2**26:  # the kernel counts a tensor's vectors of 4 elements in 32 bits
+                raise ValueError(f"a tensor of {self.table[:, 8].max()} elements is too large for the CUDA step")
             self.tickets = torch.zeros(1, dtype=torch.int32, device=device)
             return
         programs = np.repeat(np.arange(len(rows), dtype=np.int32), counts)

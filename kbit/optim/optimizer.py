@@ -127,10 +127,16 @@ class KbitOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._run()
+        if torch.compiler.is_compiling():
+            self._run_eagerly()
+        else:
+            self._run()
         return loss
 
     @torch._disable_dynamo
+    def _run_eagerly(self) -> None:
+        self._run()
+
     def _run(self) -> None:
         seed = 0
         for number, group in enumerate(self.param_groups):

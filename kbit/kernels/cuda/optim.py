@@ -16,34 +16,37 @@ from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import compile as compiler
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Cells are the upper 16 bits of a float. Below 2**-23 every code is zero's; the last cell begins at 1.
-FIRST_CELL, LAST_CELL = 0x3400, 0x3F80
-CELLS = LAST_CELL - FIRST_CELL + 1
+# Magnitudes relative to absmax are scaled so that 2**-23, below which every code is zero's, becomes the smallest normal
+# float. Cells are the upper 16 bits of the scaled float; the last one begins at the scaled 1.
+SCALE_EXPONENT = -103
+_SCALE_CELLS = -SCALE_EXPONENT << 7
+CELLS = (0x3F80 - _SCALE_CELLS) + 1
 _AREA_BYTES = 208
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
 def encoding_cells(signed: bool) -> np.ndarray:
-    """uint32 `[CELLS]`: added to the bits of a magnitude in that cell, its code (signed: plus 127) in byte 2."""
+    """uint32 `[CELLS]`: added to the bits of a scaled magnitude in that cell, its code (signed: plus 127) in byte 2."""
     values = codebook("dynamic8" if signed else "dynamic8-unsigned")
     magnitudes = values[values >= 0]
     bits = ((magnitudes[:-1] + magnitudes[1:]) / 2).view(torch.int32).numpy().astype(np.int64)
-    cells = np.arange(FIRST_CELL, LAST_CELL + 1, dtype=np.int64)
+    bits -= _SCALE_CELLS << 16
+    cells = np.arange(CELLS, dtype=np.int64)
     ranks = np.searchsorted(bits, cells << 16)  # midpoints below the cell
     carry = np.zeros_like(cells)
     inside = bits >> 16
-    assert len(set(inside)) == len(inside) and inside.min() >= FIRST_CELL, "a cell holds one midpoint at most"
-    carry[inside - FIRST_CELL] = 0xFFFF - (bits & 0xFFFF)
+    assert len(set(inside)) == len(inside) and inside.min() >= 128, "a cell holds one midpoint at most"
+    carry[inside] = 0xFFFF - (bits & 0xFFFF)
     code = ranks + (127 if signed else 0)
     return (((code - cells) << 16) + carry & 0xFFFFFFFF).astype(np.uint32)
 
 
 def signed_top() -> float:
-    """The largest magnitude of a negative number that is not nearer to -1, which has no code."""
+    """The largest magnitude, scaled, of a negative number that is not nearer to -1, which has no code."""
     values = codebook("dynamic8")
     midpoint = (values[-2] + values[-1]) / 2
-    return float(torch.nextafter(midpoint, torch.tensor(0.0)))
+    return float(torch.nextafter(midpoint, torch.tensor(0.0))) * 2.0**SCALE_EXPONENT
 
 
 @functools.cache
@@ -97,9 +100,10 @@ def macros(
         "THREADS": threads,
         "CTAS": 1 if bits8 else 2,
         "PREFETCH": 1,
+        "COPIES": 1,
         "FAST": int(fast),
         "LR_KIND": lr_kind,
-        "FIRST_CELL": FIRST_CELL,
+        "SCALE": f"{(2.0**SCALE_EXPONENT).hex()}f",
         "CELLS": CELLS if bits8 else 1,
         "SIGNED_TOP": f"{signed_top().hex()}f",
     }
@@ -111,7 +115,7 @@ def _load(device: int, settings: tuple[tuple[str, object], ...]) -> tuple[compil
     values: dict[str, Any] = dict(settings)
     properties = torch.cuda.get_device_properties(device)
     code = compiler.cubin("optim", f"sm_{properties.major}{properties.minor}", values, {})
-    tables = 65536 + 8 * CELLS if values["BITS8"] else 256 + 8
+    tables = 65536 + 8 * CELLS * values["COPIES"] if values["BITS8"] else 256 + 8
     shared = tables + values["THREADS"] // 32 * _AREA_BYTES + 256
     function = compiler.load(code, "optim", shared)
     launcher = compiler.Launcher(function, _Arguments, values["THREADS"], shared, overlap=properties.major >= 9)
