@@ -2,7 +2,7 @@
 
     python -m benchmarks.optim.gpu_memory --out benchmarks/results/optim-memory-<gpu>.json
 
-Device memory held by states is what remains allocated after the steps beyond parameters and gradients. Then the paged
+Device memory held by states is what remains allocated after five steps beyond parameters and gradients. Then the paged
 run is compared with the unpaged one: same parameters to the bit.
 """
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     lines, sums = [], {}
-    for name in ("AdamW", "AdamW8bit", "PagedAdamW8bit"):
+    for name in ("AdamW32bit", "AdamW8bit", "PagedAdamW32bit", "PagedAdamW8bit"):
         gc.collect()
         torch.cuda.empty_cache()
         torch.manual_seed(0)
@@ -45,7 +45,7 @@ def main() -> None:
         })  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)
         del optimizer, params, p
-    same = sums["AdamW8bit"] == sums["PagedAdamW8bit"]
+    same = sums["AdamW8bit"] == sums["PagedAdamW8bit"] and sums["AdamW32bit"] == sums["PagedAdamW32bit"]
     print("paged equals unpaged:", same)
     if not same:
         raise SystemExit("paged and unpaged results differ")

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 def main(source: str, target: str) -> None:
     result = json.loads(Path(source).read_text())
-    rows = [row for row in result["rows"] if row["optimizer"] in ("AdamW", "AdamW8bit", "PagedAdamW8bit")]
+    rows = [row for row in result["rows"] if row["optimizer"] in ("AdamW32bit", "AdamW8bit", "PagedAdamW8bit")]
     names = [row["optimizer"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     for axis, values, title in (

@@ -1,6 +1,6 @@
 """Launching the step on a GPU: tables of addresses, for the CUDA kernel and the Triton one.
 
-The CUDA kernel serves every rule without norms on NVIDIA GPUs: one launch advances all tensors of a batch and their
+The CUDA kernel serves rules without norms on NVIDIA GPUs: one launch advances all tensors of a batch and their
 step counts. Elsewhere it is Triton's, with a small launch before it. A plan keeps what does not change between steps:
 the device table, which programs serve which tensor, and the buffers. A step compares the addresses of parameters and
 gradients with the plan's; equal ones cost no copy, others one asynchronous copy of the table from pinned memory.
@@ -49,6 +49,16 @@ def lookup_table(signed: bool, device: torch.device) -> Tensor:
 def serves(batch: Batch) -> bool:
     """Whether the CUDA kernel can advance a batch: no norms, and a device that it runs on."""
     return not batch.rule.norm and cuda_kernel.available(batch.items[0].p.device)
+
+
+def prefers(batch: Batch) -> bool:
+    """Whether it should: the kinds of batches that were compared with the plain rules on a GPU so far."""
+    return (
+        serves(batch)
+        and batch.rule.algorithm != rules.ADAGRAD
+        and not (batch.config["skip_zeros"] or batch.stochastic or batch.kahan)
+        and torch.float16 not in (batch.items[0].p.dtype, batch.items[0].g.dtype)
+    )
 
 
 class Plan:

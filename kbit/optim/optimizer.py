@@ -315,9 +315,9 @@ def _choose(batch: Batch) -> str:
     if p.dtype not in dtypes or g.dtype not in dtypes:
         return "torch"
     if p.is_cuda:
-        from kbit.optim.gpu import serves, triton_available
+        from kbit.optim.gpu import prefers, triton_available
 
-        if serves(batch):
+        if prefers(batch):
             return "cuda"
         return "triton" if triton_available() else "torch"
     if p.device.type == "cpu":

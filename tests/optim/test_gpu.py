@@ -33,6 +33,7 @@ def test_one_launch_for_all_tensors_and_no_synchronisation(kind):
 
     params = tensors([5000 + 3 * n for n in range(60)])
     optimizer = getattr(optim, kind)(params, lr=1e-3)
+    optimizer.backend = "cuda"
     give_gradients(params, 1)
     for _ in range(2):
         optimizer.step()
@@ -196,3 +197,25 @@ def test_unusual_settings_take_the_cuda_step_too():
             runs.append([p.detach() for p in params])
         for a, b in zip(*runs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_paging_survives_resume():
+    """A loaded paged optimizer pages on (pinned host memory), and continues as the one that was saved, to the bit."""
+    params = tensors([300_000, 5000])
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    first = optim.PagedAdamW8bit(params, lr=0.01)
+    give_gradients(params, 1)
+    first.step()
+    second = optim.PagedAdamW8bit(twins, lr=0.01)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        for p, q in zip(params, twins, strict=True):
+            q.copy_(p)
+    state = second.state[twins[0]]["exp_avg"]
+    assert state.device.type == "cpu" and state.is_pinned()
+    assert second.state[twins[1]]["exp_avg"].is_cuda  # too small to page
+    for optimizer, own in ((first, params), (second, twins)):
+        give_gradients(own, 2)
+        optimizer.step()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results(params, first), results(twins, second), strict=True))

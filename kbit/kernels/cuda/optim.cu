@@ -9,8 +9,7 @@
 // conflict. Byte 1 of the address is the code, byte 0 the lane: one byte permutation makes it.
 // Encoding: the upper 16 bits of |x| / absmax * SCALE name a cell of floats that holds at most one midpoint between two codes.
 // The table has, for each cell, a number that turns the float's bits into the code by one addition: (code below the
-// midpoint) << 16, plus what makes the low 16 bits carry where they exceed the midpoint's, less the cell itself. COPIES of
-// this table lie side by side for as many groups of lanes, which meet in a bank less often.
+// midpoint) << 16, plus what makes the low 16 bits carry where they exceed the midpoint's, less the cell itself.
 //
 // Settings (macros): ALGO, FLAGS, DECAY, BITS8, SKIP, STOCHASTIC, KAHAN as in rules.py and optim.py; P_KIND, G_KIND 0
 // fp32, 1 bf16, 2 fp16; WIDTH elements of a vector access; THREADS, CTAS launch bounds; FAST: approximate quotients
@@ -66,7 +65,7 @@ struct alignas(16) Area {
 
 struct Shared {
   float values[BITS8 ? 256 : 1][2][32];  // [code][signed, unsigned][lane]
-  u32 cells[2][CELLS][COPIES];
+  u32 cells[2][CELLS];
   Area areas[THREADS / 32];
   Scalars common;
   int last;
@@ -165,16 +164,12 @@ __device__ __forceinline__ void store_block(const u32* from, i64 base, u32 vecto
     store<WIDTH * SIZE>(from + j * WIDTH * SIZE / 4, address<SIZE>(base, vector) + j * 32 * WIDTH * SIZE);
 }
 
-// Ask the second-level cache for a whole block.
+// Ask the second-level cache for them.
 template <int SIZE>
-__device__ __forceinline__ void expect_block(i64 base, u32 block, u32 lane) {
-#if __CUDA_ARCH__ >= 900 && PREFETCH == 2
-  // One lane asks the copy engine: the path of ordinary loads, which is busy, has no part in it.
-  if (lane == 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(base + u64(block) * (256 * SIZE)), "n"(256 * SIZE));
-#else
-  if (lane < SIZE * 2) asm volatile("prefetch.global.L2 [%0];" :: "l"(base + u64(block) * (256 * SIZE) + lane * 128));
-#endif
+__device__ __forceinline__ void expect_block(i64 base, u32 vector) {
+#pragma unroll
+  for (int j = 0; j < EACH / WIDTH; j++)
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(address<SIZE>(base, vector) + j * 32 * WIDTH * SIZE));
 }
 
 // The position within its block of element e of a lane.
@@ -311,13 +306,12 @@ __device__ __forceinline__ float decode(const Shared& shared, u32 word, int byte
 // The sum whose byte 2 is the code of x (of |x|, plus 127, where SIGNED). inverse: SCALE / absmax. Scaled so, a value
 // below the first cell is subnormal and becomes 0, without a comparison. Values exactly between two codes go inward.
 template <bool SIGNED>
-__device__ __forceinline__ u32 encode(const Shared& shared, float x, float inverse, u32 copy_at) {
+__device__ __forceinline__ u32 encode(const Shared& shared, float x, float inverse) {
   float a;
   asm("mul.ftz.f32 %0, %1, %2;" : "=f"(a) : "f"(x), "f"(inverse));
   if (SIGNED) a = fabsf(fmaxf(a, -SIGNED_TOP));  // there is no code for -1
   u32 bits = __float_as_uint(a);
-  u32 at = (bits / (0x4000u / COPIES) & ~(4u * COPIES - 1)) | copy_at;
-  return *reinterpret_cast<const u32*>(reinterpret_cast<const char*>(shared.cells[SIGNED ? 0 : 1]) + at) + bits;
+  return shared.cells[SIGNED ? 0 : 1][bits >> 16] + bits;
 }
 
 // Codes of four elements from their sums and their signs.
@@ -333,12 +327,11 @@ __device__ __forceinline__ u32 pack_codes(const u32* sums, const float* x) {
 
 template <bool SIGNED>
 __device__ __forceinline__ void encode_block(const Shared& shared, const float* x, float inverse, u32* words) {
-  u32 copy_at = threadIdx.x % COPIES * 4;
 #pragma unroll
   for (int k = 0; k < EACH / 4; k++) {
     u32 sums[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) sums[e] = encode<SIGNED>(shared, x[k * 4 + e], inverse, copy_at);
+    for (int e = 0; e < 4; e++) sums[e] = encode<SIGNED>(shared, x[k * 4 + e], inverse);
     words[k] = pack_codes<SIGNED>(sums, x + k * 4);
   }
 }
@@ -452,19 +445,19 @@ __device__ __noinline__ void careful(Shared& shared, const Area& area, i64 begin
 // A whole block of aligned tensors, through registers. False, with nothing written, where it needs `careful`.
 // ahead: how many blocks further this warp's next one is, 0 if it is another tensor's.
 __device__ __forceinline__ bool quick(Shared& shared, const Area& area, u32 block, u32 ahead) {
-  u32 lane = threadIdx.x % 32, vector = block * (256 / WIDTH) + lane, next = block + ahead;
+  u32 lane = threadIdx.x % 32, vector = block * (256 / WIDTH) + lane, next = vector + ahead * (256 / WIDTH);
   Raw raw;
   i64 p_at = of(area, P_AT), g_at = of(area, G_AT);
   load_block<P_BYTES>(raw.p, p_at, vector);
   load_block<G_BYTES>(raw.g, g_at, vector);
   if (KAHAN) load_block<P_BYTES>(raw.rest, of(area, REST_AT), vector);
-  if (PREFETCH && ahead) expect_block<P_BYTES>(p_at, next, lane), expect_block<G_BYTES>(g_at, next, lane);
+  if (PREFETCH && ahead) expect_block<P_BYTES>(p_at, next), expect_block<G_BYTES>(g_at, next);
 #pragma unroll
   for (int k = 0; k < STATES; k++) {
     i64 s_at = of(area, S_AT + k);
     load_block<S_BYTES>(raw.s[k], s_at, vector);
     if (BITS8) load<4>(raw.absmax + k, of(area, A_AT + k) + u64(block) * 4);
-    if (PREFETCH && ahead) expect_block<S_BYTES>(s_at, next, lane);
+    if (PREFETCH && ahead) expect_block<S_BYTES>(s_at, next);
   }
   u32 lane_at = lane * 4;
   const Scalars h = scalars_of(area);
@@ -580,7 +573,7 @@ optim(const i64* table, int rows, int blocks, const u32* lookup, const __grid_co
 #if BITS8
   for (int i = thread; i < 256 * 64; i += THREADS)
     (&shared.values[0][0][0])[i] = __uint_as_float(lookup[(i / 32 % 2) * 256 + i / 64]);
-  for (int i = thread; i < 2 * CELLS * COPIES; i += THREADS) (&shared.cells[0][0][0])[i] = lookup[512 + i / COPIES];
+  for (int i = thread; i < 2 * CELLS; i += THREADS) (&shared.cells[0][0])[i] = lookup[512 + i];
 #endif
 #if __CUDA_ARCH__ >= 900
   // Everything above may overlap with the kernel before this one on the stream.

@@ -100,7 +100,6 @@ def macros(
         "THREADS": threads,
         "CTAS": 1 if bits8 else 2,
         "PREFETCH": 1,
-        "COPIES": 1,
         "FAST": int(fast),
         "LR_KIND": lr_kind,
         "SCALE": f"{(2.0**SCALE_EXPONENT).hex()}f",
@@ -115,7 +114,7 @@ def _load(device: int, settings: tuple[tuple[str, object], ...]) -> tuple[compil
     values: dict[str, Any] = dict(settings)
     properties = torch.cuda.get_device_properties(device)
     code = compiler.cubin("optim", f"sm_{properties.major}{properties.minor}", values, {})
-    tables = 65536 + 8 * CELLS * values["COPIES"] if values["BITS8"] else 256 + 8
+    tables = 65536 + 8 * CELLS if values["BITS8"] else 256 + 8
     shared = tables + values["THREADS"] // 32 * _AREA_BYTES + 256
     function = compiler.load(code, "optim", shared)
     launcher = compiler.Launcher(function, _Arguments, values["THREADS"], shared, overlap=properties.major >= 9)
