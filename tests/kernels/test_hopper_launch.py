@@ -1,0 +1,96 @@
+"""What the Hopper product hands to the driver, on a machine without one: every argument, grid and stream."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from kbit.kernels.cuda import compile as compiler
+from kbit.kernels.cuda import linear_4bit as hopper
+
+
+class Driver:
+    """Stands in for libcuda: writes the address that a map describes into it, records launches."""
+
+    def __init__(self):
+        self.launches = []
+
+        def launch(config, function, pointers, extra):
+            fields = hopper._Arguments._fields_
+            values = {name: kind.from_address(pointer) for (name, kind), pointer in zip(fields, pointers, strict=True)}
+            maps = {name: value.words[0] for name, value in values.items() if name.startswith("map")}
+            plain = {name: value.value for name, value in values.items() if not name.startswith("map")}
+            self.launches.append((tuple(config._obj.grid), config._obj.stream, {**maps, **plain}))
+            return 0
+
+        self.cuLaunchKernelEx = type("Launch", (), {"__call__": staticmethod(launch)})()
+
+    def cuTensorMapEncodeTiled(self, tensor_map, kind, rank, address, *rest):
+        tensor_map._obj.words[0] = address.value
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(compiler, "driver", lambda: driver)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # where CPU tensors say they are
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    monkeypatch.setattr(hopper, "choose_config", lambda device, m, n, k: hopper.Config(8, 2, 2, 256, 4, 2))
+
+    def load(device, config, *kind):
+        function = ctypes.c_void_p(1)
+        return compiler.Launcher(function, hopper._Arguments, config.threads, config.shared_bytes)
+
+    monkeypatch.setattr(hopper, "_load", load)
+    for cached in (hopper._plan, hopper._encode_cached):
+        cached.cache_clear()
+    yield driver
+    for cached in (hopper._plan, hopper._encode_cached):
+        cached.cache_clear()
+
+
+def test_every_argument_reaches_the_kernel(driver):
+    n, k = 512, 1024
+    weight = torch.zeros(n, k // 2, dtype=torch.uint8)
+    absmax, nested, offset = torch.zeros(n, k // 64, dtype=torch.uint8), torch.zeros(32), torch.zeros(1)
+    bias = torch.zeros(n, dtype=torch.bfloat16)
+    for m, parts, b in [(1, (absmax, nested, offset), bias), (9, (absmax.float(), None, None), None)]:
+        x = torch.zeros(m, k, dtype=torch.bfloat16)
+        for _ in range(2):  # the second call finds everything prepared
+            out = hopper.linear_4bit(x, weight, *parts, b, "nf4", 64, n)
+        assert out.shape == (m, n) and out.dtype == x.dtype
+        grid, stream, values = driver.launches[-1]
+        assert grid == (n // 128, -(-m // 8), 2) and stream == 77
+        address = [None if t is None else t.data_ptr() for t in (*parts, b, out)]
+        assert [values[name] for name in ("absmax", "nested_absmax", "offset", "bias", "out")] == address
+        assert (values["m"], values["n"], values["k"], values["block_shift"]) == (m, n, k, 6)
+        assert (values["map_w"], values["map_x"]) == (weight.data_ptr(), x.data_ptr())
+        assert (values["offsets"], values["experts"]) == (None, 0)
+
+
+def test_a_change_of_tensors_between_calls_is_seen(driver):
+    n, k = 128, 256
+    weights = [torch.zeros(n, k // 2, dtype=torch.uint8) for _ in range(2)]
+    inputs = [torch.zeros(2, 3, k, dtype=torch.float16), torch.zeros(6, 2 * k, dtype=torch.float16)[:, :k]]
+    absmax = torch.zeros(n, k // 128)
+    for x in inputs:
+        for weight in weights:
+            out = hopper.linear_4bit(x, weight, absmax, None, None, None, "fp4", 128, n)
+            values = driver.launches[-1][2]
+            assert (values["map_w"], values["map_x"]) == (weight.data_ptr(), x.data_ptr())
+            assert values["out"] == out.data_ptr() and out.shape == (*x.shape[:-1], n) and values["block_shift"] == 7
+
+
+def test_rows_of_experts(driver):
+    e, n, k = 4, 256, 512
+    weight = torch.zeros(e, n, k // 2, dtype=torch.uint8)
+    offsets = torch.tensor([3, 3, 10, 20], dtype=torch.int32)
+    x = torch.zeros(20, k, dtype=torch.bfloat16)
+    hopper.linear_4bit(x, weight, torch.zeros(e, n, 8), None, None, None, "nf4", 64, n, offsets=offsets)
+    grid, _, values = driver.launches[-1]
+    assert (values["offsets"], values["experts"], values["m"], values["n"]) == (offsets.data_ptr(), e, 20, n)
+    tiles = sum(-(-rows // 8) for rows in (3, 0, 7, 10, 0))
+    assert grid[0] == n // 128 and tiles <= grid[1] <= 20
