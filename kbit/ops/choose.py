@@ -17,8 +17,8 @@ TRITON_GRAD_TOKENS = 16
 # The Hopper kernel is no slower than decoding first up to here (measured on one H200; both meet between 1024 and 2048);
 # where N is small there are too few tiles for that.
 HOPPER_TOKENS = 1536
-# The same for the gradient's product (measured on one H200).
-HOPPER_GRAD_TOKENS = 256
+# The same for the gradient's product, for large weights and for those below 2^25 elements (measured on one H200).
+HOPPER_GRAD_TOKENS, HOPPER_GRAD_TOKENS_SMALL = 256, 128
 # From this many tokens on, decoding first wins where the Hopper kernel's tiles leave its last wave of thread blocks
 # too empty (14336 x 4096 at 1024 tokens: 3.4 waves of 132 blocks).
 HOPPER_WHOLE_WAVES_TOKENS = 768
@@ -95,7 +95,8 @@ def linear_4bit_grad_path(
     if m <= TRITON_GRAD_TOKENS:
         return "triton"
     reads = dtype_bytes == 2 and block_size >= 64 and k % block_size == 0 and n % 8 == 0
-    if capability == (9, 0) and aligned and reads and m <= HOPPER_GRAD_TOKENS and k > 2048:
+    most = HOPPER_GRAD_TOKENS if n * k >= 2**25 else HOPPER_GRAD_TOKENS_SMALL
+    if capability == (9, 0) and aligned and reads and m <= most and k > 2048:
         return "hopper"
     return "dequantize"
 

@@ -34,6 +34,8 @@ def test_gradient_product():
         assert choose.linear_4bit_grad_path(1, 4096, 4096, 64, 2, capability) == "triton"
     assert choose.linear_4bit_grad_path(512, 4096, 4096, 64, 2, None) == "dequantize"
     assert choose.linear_4bit_grad_path(128, 4096, 4096, 64, 2, (9, 0)) == "hopper"
+    assert choose.linear_4bit_grad_path(200, 4096, 4096, 64, 2, (9, 0)) == "dequantize"  # too small a weight for that
+    assert choose.linear_4bit_grad_path(200, 14336, 4096, 64, 2, (9, 0)) == "hopper"
     assert choose.linear_4bit_grad_path(128, 4092, 4096, 64, 2, (9, 0)) == "dequantize"  # rows of 8184 bytes
     assert choose.linear_4bit_grad_path(128, 4096, 4096, 64, 4, (9, 0)) == "dequantize"
     assert choose.linear_4bit_grad_path(10**6, 4096, 4096, 64, 2, (9, 0)) == "dequantize"
