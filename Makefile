@@ -8,12 +8,14 @@ EXTRAS := hf,peft,report,triton,test,dev
 EXTRAS_MAIN := $(EXTRAS),diffusers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-main test-transformers4 lint format bench docs clean distclean
+.PHONY: help setup demo test test-main test-transformers4 native-sanitize native-arm lint format bench docs clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    set up $(VENV) and run the demo: the shipped model in every format, a table and kbit-demo/report.html"
 	@echo "make test    set up, then run every test; the transformers tests also against transformers 4.57"
+	@echo "make native-sanitize   the CPU kernels' tests with the address and undefined behaviour sanitizers of gcc"
+	@echo "make native-arm        compile the CPU kernels for ARM and run their check under qemu"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks (figures count on a GPU)"
 	@echo "make docs    user guide and API reference in ./site"
@@ -54,6 +56,19 @@ test-main: $(VENV)/.installed
 
 test-transformers4: $(VENV4)/.installed
 	$(VENV4)/bin/python -m pytest -n $(JOBS) --dist worksteal -m transformers
+
+# The sanitizers' allocator also serves torch, so that a kernel cannot read or write beyond a tensor unnoticed.
+native-sanitize: $(VENV)/.installed
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 CXX=g++ \
+	KBIT_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1" \
+	$(VENV)/bin/python -m pytest -p no:xdist -q tests/kernels/test_cpu_quantize.py tests/kernels/test_cpu_linear_8bit.py \
+	  tests/kernels/test_cpu_linear4bit.py tests/optim/test_native.py
+
+# ARM: what the compiler accepts, and what comes out, on any machine with g++-aarch64-linux-gnu and qemu-user.
+ARM_CXX ?= aarch64-linux-gnu-g++
+native-arm:
+	$(PYTHON) tests/kernels/native/check.py --cxx "$(ARM_CXX)" --machine aarch64 --run "qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -6,7 +6,7 @@ compiler and its version, the flags and the CPU's instruction sets. Two processe
 Without a compiler everything runs in plain torch, and one log line says so.
 
 KBIT_NATIVE=0 does without the library. KBIT_CPU_LEVEL names the highest level to use ("base", "avx2", "avx512",
-"avx512bf16"; on ARM "base", "dotprod").
+"avx512bf16"; on ARM "base", "dotprod"). KBIT_NATIVE_FLAGS are further flags of the compiler, as for sanitizers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -75,13 +76,18 @@ def _find() -> Library | str:
 def _load() -> Library:
     wanted = _wanted_levels()
     shipped = build.FOLDER / build.shipped_name()
-    path = shipped if shipped.exists() else _compiled(wanted)
+    path = shipped if shipped.exists() and not _extra_flags() else _compiled(wanted)
     handle = ctypes.CDLL(str(path))
     for name in reversed(wanted):
         if hasattr(handle, f"kbit_optim_step_{name}") and handle.kbit_cpu_supports(list(build.levels()).index(name)):
             handle.kbit_set_parallel(ctypes.c_void_p(threads.gomp_parallel()))
             return Library(handle, name, path)
     raise OSError(f"{path} holds no code for this CPU")
+
+
+def _extra_flags() -> list[str]:
+    """Flags of $KBIT_NATIVE_FLAGS, after ours: sanitizers."""
+    return shlex.split(os.environ.get("KBIT_NATIVE_FLAGS", ""))
 
 
 def _wanted_levels() -> list[str]:
@@ -97,7 +103,7 @@ def _compiled(wanted: Sequence[str]) -> Path:
     """The library in the cache for the highest of the levels that this machine has; compiled if it is not there."""
     cxx = build.compiler()
     version = build.run([*cxx, "--version"])
-    parts = [build.source_hash(), *cxx, version, wanted[-1], sys.platform, _cpu_features()]
+    parts = [build.source_hash(), *cxx, version, *_extra_flags(), wanted[-1], sys.platform, _cpu_features()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     out = cache_folder() / f"native-{key}.so"
     if not out.exists():
@@ -108,7 +114,7 @@ def _compiled(wanted: Sequence[str]) -> Path:
             build.compile_platform(cxx, probe)
             supports = ctypes.CDLL(str(probe)).kbit_cpu_supports
             names = [name for index, name in enumerate(wanted) if supports(index)]
-        build.compile_library(out, names[-1:], cxx)
+        build.compile_library(out, names[-1:], cxx, extra=_extra_flags())
     return out
 
 

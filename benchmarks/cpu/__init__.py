@@ -1,0 +1,1 @@
+"""Benchmarks of products and of whole models on a CPU."""

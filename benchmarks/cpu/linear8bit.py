@@ -1,0 +1,115 @@
+"""int8 linear layers on a CPU, milliseconds a call: kbit, torch in bf16 or fp32, and bitsandbytes, paired in one run.
+
+    python -m benchmarks.cpu.linear8bit --threads 2 --out benchmarks/results/cpu-linear8bit.json
+
+Outlier threshold 6, five outlier features in the activations. A row counts only if kbit's result agreed with the
+float64 product of the dequantized weight as well as LLM.int8() can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import kbit
+from benchmarks.cpu import paired
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COPIES = 2
+
+
+def contestants(weight: torch.Tensor) -> dict[str, Any]:
+    """The same weight in a layer of each library, as a user would have it in a model."""
+    import bitsandbytes as bnb
+
+    n, k = weight.shape
+    plain = torch.nn.Linear(k, n, bias=False, dtype=weight.dtype)
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    other = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
+    other.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    return {
+        "kbit": kbit.Linear8bit.from_linear(plain, outlier_threshold=6.0),
+        "torch": plain,
+        "bitsandbytes": other.to("cpu").eval(),
+    }
+
+
+def check(layer: Any, x: torch.Tensor) -> float:
+    """Relative error of the layer's result in the Frobenius norm; SystemExit where it is too large."""
+    exact = F.linear(x.double(), layer.dequantize().double())
+    error = float((layer(x).double() - exact).norm() / exact.norm())
+    if not error < 0.02:
+        raise SystemExit(f"wrong result at {tuple(x.shape)} {x.dtype}: relative error {error:.3g}")
+    return error
+
+
+@torch.inference_mode()
+def measure(n: int, k: int, name: str, tokens: list[int], seconds: float) -> list[dict[str, Any]]:
+    dtype = DTYPES[name]
+    sets = [contestants(torch.randn(n, k, dtype=dtype) * 0.02) for _ in range(COPIES)]
+    rows = []
+    for m in tokens:
+        x = torch.randn(m, k).to(dtype)
+        x[:, torch.arange(5) * (k // 5)] *= 20
+        error = check(sets[0]["kbit"], x)
+        calls = {who: [lambda layer=one[who], x=x: layer(x) for one in sets] for who in sets[0]}
+        found = paired.turns(calls, seconds)
+        row = {"n": n, "k": k, "dtype": name, "m": m, **found, "relative_error": float(f"{error:.3g}")}
+        for who in ("torch", "bitsandbytes"):
+            row[f"{who}_over_kbit"] = round(found[who]["ms"] / found["kbit"]["ms"], 2)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def plot(result: dict[str, Any], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted({row["dtype"] for row in result["rows"]})
+    figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        rows = [row for row in result["rows"] if row["dtype"] == name]
+        for who, colour in (("kbit", "#1f6feb"), ("torch", "#57606a"), ("bitsandbytes", "#d1242f")):
+            label = f"torch {name}" if who == "torch" else f"{who} int8"
+            axis.plot([r["m"] for r in rows], [r[who]["ms"] for r in rows], "o-", ms=3, label=label, color=colour)
+            axis.fill_between([r["m"] for r in rows], *([r[who][e] for r in rows] for e in ("low", "high")), alpha=0.2)
+        shape = f"{rows[0]['n']}x{rows[0]['k']}"
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=f"int8 {shape}, {name}")
+        axis.set_xticks([r["m"] for r in rows], [str(r["m"]) for r in rows], fontsize=7)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=lambda text: [int(m) for m in text.split(",")], default=list(TOKENS))
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES))
+    parser.add_argument("--shape", type=lambda text: [int(v) for v in text.split("x")], default=[4096, 11008])
+    parser.add_argument("--seconds", type=float, default=3.0, help="of turns, for each number of tokens")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = [row for name in args.dtypes for row in measure(*args.shape, name, args.tokens, args.seconds)]
+    title = "int8 linear layer on a CPU, milliseconds: median, 10th and 90th percentile"
+    result = {"benchmark": title, **paired.environment(args.threads), "rows": rows}
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        plot(result, str(args.out.with_suffix(".png")))
+
+
+if __name__ == "__main__":
+    main()
