@@ -53,26 +53,29 @@ def _weight(
 ) -> Any:
     """The launchers' view of `W [N, K]`. Raises RuntimeError where codes or scales are too few; C++ cannot tell."""
     absmax, nested_absmax, nested_offset = scales
-    check_weight(codes, n, k)
     assert absmax is not None
-    count = -(-n * k // block)
-    torch._check(absmax.numel() == count, lambda: f"a 4-bit weight [{n}, {k}] has {count} scales, got {absmax.numel()}")
-    if nested_absmax is not None:
-        nested, held = -(-count // NESTED_BLOCK_SIZE), nested_absmax.numel()
-        torch._check(held == nested, lambda: f"{count} scales need {nested} nested scales, got {held}")
+    count = (n * k + block - 1) // block
+    nested = (count + NESTED_BLOCK_SIZE - 1) // NESTED_BLOCK_SIZE
+    if codes.numel() != (n * k + 1) // 2:
+        check_weight(codes, n, k)
+    if absmax.numel() != count:
+        raise RuntimeError(f"a 4-bit weight [{n}, {k}] has {count} scales, got {absmax.numel()}")
+    if nested_absmax is not None and nested_absmax.numel() != nested:
+        raise RuntimeError(f"{count} scales need {nested} nested scales, got {nested_absmax.numel()}")
     return kernel.Weight(codes, absmax, nested_absmax, nested_offset, codebook, block, n, k)
 
 
 def _rows(x: Tensor) -> Tensor:
     """`x [..., K]` as `[M, K]` whose rows are contiguous and do not overlap."""
-    x = x.reshape(-1, x.shape[-1])
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def _product(kernel: Any, x: Tensor, weight: Any, bias: Tensor | None, n0: int, n1: int, out: Tensor) -> None:
     """`x [M, K] @ W[n0:n1]^T + bias` into `out`, by the way that is fastest here."""
     if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
+        bias = (bias if bias.dtype == x.dtype else bias.to(x.dtype)).contiguous()
     path = choose.linear_4bit_cpu_path(x.shape[0], weight.k, weight.block_size, x.dtype, _amx())
     if path == "fused":
         kernel.fused(x, weight, bias, n0, n1, out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,17 +18,9 @@ from kbit.formats.codebooks import codebook as codebook_table
 from kbit.kernels.cpu.library import DTYPES, function
 
 
-class _Task(ctypes.Structure):
-    """struct Task of linear_4bit.cpp, field for field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "absmax", "nested_absmax", "nested_offset", "map", "codebook")),
-        *((name, ctypes.c_int64) for name in ("n", "k", "block_size")),
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("m", "x_stride", "n0", "n1", "k0", "k1")),
-        ("dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    ]
+# struct Task of linear_4bit.cpp: pointers of W, n, k, block_size; x, bias, out; m, x_stride, n0, n1, k0, k1; dtype, threads.
+# Packed bytes cost a fifth of a ctypes.Structure, which would be a third of a call's overhead.
+_TASK = struct.Struct("@6P3q3P6q2i")
 
 
 @functools.cache
@@ -35,8 +28,8 @@ def _table(name: str) -> int:
     return codebook_table(name).data_ptr()  # cached there, never freed
 
 
-def _function(name: str) -> Callable[[object], int]:
-    return function(name, (ctypes.POINTER(_Task),), ctypes.c_int32)
+def _function(name: str) -> Callable[[bytes], int]:
+    return function(name, (ctypes.c_char_p,), ctypes.c_int32)
 
 
 class Weight:
@@ -55,7 +48,8 @@ class Weight:
         n: int,
         k: int,
     ) -> None:
-        codes, absmax = codes.contiguous(), absmax.contiguous()
+        codes = codes if codes.is_contiguous() else codes.contiguous()
+        absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
         nested = offset = 0
         if nested_absmax is not None and nested_offset is not None:
             nested_absmax = nested_absmax.contiguous()
@@ -73,7 +67,7 @@ def fused(x: Tensor, weight: Weight, bias: Tensor | None, n0: int, n1: int, out:
     """
     m, bias_at = x.shape[0], 0 if bias is None else bias.data_ptr()
     rows = (x.data_ptr(), bias_at, out.data_ptr(), m, x.stride(0))
-    task = _Task(*weight.fields, *rows, n0, n1, 0, 0, DTYPES[x.dtype], torch.get_num_threads())
+    task = _TASK.pack(*weight.fields, *rows, n0, n1, 0, 0, DTYPES[x.dtype], torch.get_num_threads())
     if _function("kbit_linear_4bit")(task):
         raise MemoryError("no memory for the scratch buffers of a 4-bit product")
 
@@ -81,7 +75,7 @@ def fused(x: Tensor, weight: Weight, bias: Tensor | None, n0: int, n1: int, out:
 def decode(weight: Weight, n0: int, n1: int, k0: int, k1: int, out: Tensor) -> None:
     """`W[n0:n1, k0:k1]` into `out` (contiguous, of that many elements), in out's dtype."""
     threads, dtype = torch.get_num_threads(), DTYPES[out.dtype]
-    task = _Task(*weight.fields, 0, 0, out.data_ptr(), 0, 0, n0, n1, k0, k1, dtype, threads)
+    task = _TASK.pack(*weight.fields, 0, 0, out.data_ptr(), 0, 0, n0, n1, k0, k1, dtype, threads)
     _function("kbit_decode_4bit")(task)
 
 
@@ -127,6 +121,6 @@ def dequantize(codes: Tensor, scales: Sequence[Tensor | None], codebook: str, bl
 def embedding(ids: Tensor, weight: Weight, out: Tensor) -> None:
     """Rows `ids` (int64, contiguous) of W into `out [ids, K]`. Raises IndexError for a row that does not exist."""
     rows = (ids.data_ptr(), 0, out.data_ptr(), ids.numel(), 0)
-    task = _Task(*weight.fields, *rows, 0, weight.n, 0, weight.k, DTYPES[out.dtype], torch.get_num_threads())
+    task = _TASK.pack(*weight.fields, *rows, 0, weight.n, 0, weight.k, DTYPES[out.dtype], torch.get_num_threads())
     if _function("kbit_embedding_4bit")(task):
         raise IndexError(f"index out of range in an embedding of {weight.n} rows")
