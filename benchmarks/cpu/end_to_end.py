@@ -4,7 +4,7 @@
     python -m benchmarks.cpu.end_to_end --model demo --threads 2 --out benchmarks/results/cpu-end-to-end-demo.json
 
 The default model is Llama-shaped with random weights, 1.04 G parameters in layers and head; `demo` is the model that
-ships with kbit. The formats take turns, so that noise of the machine meets them alike; a figure is the median of the turns.
+ships with kbit. The formats take turns, so that noise of the machine meets them alike; figures are medians.
 Output heads stay in bf16 for torch, kbit and bitsandbytes. With --llama-python PYTHON (an environment with
 llama-cpp-python and gguf) llama.cpp's Q4_0 takes part on the same shapes; its output head is Q6_K, see llama_gguf.py.
 """
@@ -29,6 +29,7 @@ import torch
 import transformers
 
 import kbit
+from benchmarks.cpu.linear4bit import cpu_name
 from kbit.assets import demo_model
 
 LLAMA = Path(__file__).with_name("llama_gguf.py")
@@ -150,7 +151,7 @@ def main() -> None:
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "bitsandbytes")}
     result = {
         "benchmark": f"{args.model}: decoding after a prefill of {args.prefill} tokens, batch 1, on a CPU",
-        "machine": f"{platform.machine()}, {args.threads} threads: {_cpu()}",
+        "machine": f"{platform.machine()}, {args.threads} threads: {cpu_name()}",
         "date": datetime.date.today().isoformat(),
         "versions": versions,
         "rows": rows,
@@ -158,14 +159,6 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    except OSError:
-        return platform.processor()
 
 
 if __name__ == "__main__":

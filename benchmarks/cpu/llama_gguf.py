@@ -1,10 +1,10 @@
-"""llama.cpp on a Llama-shaped model with random weights: tokens a second of decoding and of a prefill, as one JSON line.
+"""llama.cpp on a Llama-shaped model with random weights: tokens a second of decoding and of a prefill, as JSON.
 
     python benchmarks/cpu/llama_gguf.py /tmp/model.gguf --format Q4_0 --threads 2
 
-Runs in an environment of its own, with llama-cpp-python and gguf; imports nothing of kbit. Writes the F16 model, and what
-llama.cpp's own quantizer makes of it, once; later runs find them. As in every Q4_0 file that it makes, the output head is
-Q6_K, unless --keep-head leaves it in F16.
+Runs in an environment of its own, with llama-cpp-python and gguf; imports nothing of kbit. Writes the F16 model, and
+what llama.cpp's own quantizer makes of it, once; later runs find them. As in every Q4_0 file that it makes, the output
+head is Q6_K, unless --keep-head leaves it in F16.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def main() -> None:
         if not path.exists():
             quantize(args.path, path, args)
     result = measure(path, args)
-    print(json.dumps({**result, "bytes": path.stat().st_size, "version": importlib.metadata.version("llama_cpp_python")}))
+    print(
+        json.dumps({**result, "bytes": path.stat().st_size, "version": importlib.metadata.version("llama_cpp_python")})
+    )
 
 
 if __name__ == "__main__":

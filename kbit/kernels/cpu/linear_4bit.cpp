@@ -108,14 +108,21 @@ template <class L, bool SMALL, int R, int MT> struct Fused {
     template <int J> static inline void vector(typename L::Acc (&acc)[R][MT], const typename L::Codes (&codes)[R],
                                                const typename L::Table (&tables)[R], const typename L::Elem* x,
                                                int64_t ldx) {
-        typename L::Vec xs[MT];
-#pragma GCC unroll 8
-        for (int m = 0; m < MT; ++m) xs[m] = L::load_vec(x + m * ldx + J * L::LANES);
+        if constexpr (MT == 1) {
+            typename L::Vec v = L::load_vec(x + J * L::LANES);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            typename L::Vec w = L::template decode<SMALL, J>(codes[r], tables[r]);
+            for (int r = 0; r < R; ++r)
+                acc[r][0] = L::dot(acc[r][0], L::template decode<SMALL, J>(codes[r], tables[r]), v);
+        } else {
+            typename L::Vec w[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) w[r] = L::template decode<SMALL, J>(codes[r], tables[r]);
 #pragma GCC unroll 8
-            for (int m = 0; m < MT; ++m) acc[r][m] = L::dot(acc[r][m], w, xs[m]);
+            for (int m = 0; m < MT; ++m) {
+                typename L::Vec v = L::load_vec(x + m * ldx + J * L::LANES);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) acc[r][m] = L::dot(acc[r][m], w[r], v);
+            }
         }
     }
 
@@ -228,13 +235,22 @@ constexpr int64_t DEPTH_BYTES = 4096;  // of a decoded row: four rows of x stay 
 template <class L> constexpr int64_t depth() { return DEPTH_BYTES / int64_t(sizeof(typename L::Elem)); }
 
 // NT decoded rows times MT packed rows over `count` elements; adds to sums[n * ld + m].
+//
+// ahead, where not null: codes of the same rows of W that are decoded next, row_bytes apart. They are fetched meanwhile.
 template <class L, int NT, int MT>
-void dot_tile(const typename L::Elem* w, const typename L::Elem* x, int64_t ldx, int64_t count, float* sums, int64_t ld) {
+void dot_tile(const typename L::Elem* w, const typename L::Elem* x, int64_t ldx, int64_t count, float* sums, int64_t ld,
+              const uint8_t* ahead, int64_t row_bytes) {
+    constexpr int64_t LINES = depth<L>() / 128;  // cache lines of the codes of a row
+    int64_t line = 0;
     constexpr int64_t ldw = depth<L>();
     typename L::Acc acc[NT][MT];
     for (int n = 0; n < NT; ++n)
         for (int m = 0; m < MT; ++m) acc[n][m] = L::zero();
     for (int64_t k = 0; k < count; k += L::LANES) {
+        if (ahead && line < NT * LINES) {
+            __builtin_prefetch(ahead + line / LINES * row_bytes + line % LINES * 64, 0, 2), ++line;
+            __builtin_prefetch(ahead + line / LINES * row_bytes + line % LINES * 64, 0, 2), ++line;
+        }
         typename L::Vec ws[NT];
 #pragma GCC unroll 8
         for (int n = 0; n < NT; ++n) ws[n] = L::load_vec(w + n * ldw + k);
@@ -256,11 +272,14 @@ void dot_tile(const typename L::Elem* w, const typename L::Elem* x, int64_t ldx,
 // `rows` decoded rows, NT at a time, times MT packed rows, which stay in the L1 cache.
 template <class L, int MT>
 void dot_strips(const typename L::Elem* w, int64_t rows, const typename L::Elem* x, int64_t ldx, int64_t count,
-                float* sums, int64_t ld) {
+                float* sums, int64_t ld, const uint8_t* ahead, int64_t row_bytes) {
     constexpr int NT = L::MAX_N;
     int64_t n = 0;
-    for (; n + NT <= rows; n += NT) dot_tile<L, NT, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld);
-    for (; n < rows; ++n) dot_tile<L, 1, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld);
+    for (; n + NT <= rows; n += NT)
+        dot_tile<L, NT, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld,
+                            ahead ? ahead + n * row_bytes : nullptr, row_bytes);
+    for (; n < rows; ++n)
+        dot_tile<L, 1, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld, nullptr, row_bytes);
 }
 
 // Rows n0 to n1 of W, decoded a depth at a time into the L2 cache, times all of x.
@@ -287,11 +306,12 @@ bool strip_rows(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n
             // Tiles of nearly equal height: 5 tokens are 3 and 2, not 4 and 1.
             int64_t left = t.m - m, height = left > 8 ? 4 : left > 4 ? (left + 1) / 2 : left;
             const auto* tokens = x + m * ldx + k;
+            const uint8_t* ahead = m == 0 && k + 2 * DEPTH <= t.w.k ? t.w.codes + n0 * row_bytes + (k + DEPTH) / 2 : nullptr;
             switch (height) {
-                case 1: dot_strips<L, 1>(w, rows, tokens, ldx, padded, sums + m, ld); break;
-                case 2: dot_strips<L, 2>(w, rows, tokens, ldx, padded, sums + m, ld); break;
-                case 3: dot_strips<L, 3>(w, rows, tokens, ldx, padded, sums + m, ld); break;
-                default: dot_strips<L, 4>(w, rows, tokens, ldx, padded, sums + m, ld); break;
+                case 1: dot_strips<L, 1>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
+                case 2: dot_strips<L, 2>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
+                case 3: dot_strips<L, 3>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
+                default: dot_strips<L, 4>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
             }
             m += height;
         }
@@ -309,6 +329,14 @@ bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, 
             case 2: return fused_rows<L, SMALL, 4, 2>(t, x, ldx, n0, n1);
             case 3: return fused_rows<L, SMALL, 2, 3>(t, x, ldx, n0, n1);
             case 4: return fused_rows<L, SMALL, 2, 4>(t, x, ldx, n0, n1);
+        }
+        if constexpr (sizeof(typename L::Elem) == 2) {  // more rows of fp32 would leave the L1 cache
+            switch (t.m) {
+                case 5: return fused_rows<L, SMALL, 2, 5>(t, x, ldx, n0, n1);
+                case 6: return fused_rows<L, SMALL, 2, 6>(t, x, ldx, n0, n1);
+                case 7: return fused_rows<L, SMALL, 2, 7>(t, x, ldx, n0, n1);
+                case 8: return fused_rows<L, SMALL, 2, 8>(t, x, ldx, n0, n1);
+            }
         }
     }
     return strip_rows<L, SMALL>(t, x, ldx, n0, n1);

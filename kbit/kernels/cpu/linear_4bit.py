@@ -17,8 +17,8 @@ from torch import Tensor
 from kbit.formats.codebooks import codebook as codebook_table
 from kbit.kernels.cpu.library import DTYPES, function
 
-
-# struct Task of linear_4bit.cpp: pointers of W, n, k, block_size; x, bias, out; m, x_stride, n0, n1, k0, k1; dtype, threads.
+# struct Task of linear_4bit.cpp: pointers of W, n, k, block_size; x, bias, out; m, x_stride, n0, n1, k0, k1; dtype and
+# threads.
 # Packed bytes cost a fifth of a ctypes.Structure, which would be a third of a call's overhead.
 _TASK = struct.Struct("@6P3q3P6q2i")
 
