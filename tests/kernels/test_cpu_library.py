@@ -15,10 +15,20 @@ import pytest
 from kbit.kernels.cpu import build, library
 from kbit.ops import backends, cpu
 
+SETTINGS = ("KBIT_NATIVE", "KBIT_CPU_LEVEL", "KBIT_NATIVE_FLAGS")
+
+
+def plain_environment(**more: str) -> dict[str, str]:
+    """Of a process that is to load the library as by default."""
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return {**kept, "PYTHONPATH": os.getcwd(), **more}
+
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """The loader looks again, with the environment of the test, and once more after it."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     cpu.reset()
     yield monkeypatch
     monkeypatch.undo()
@@ -74,7 +84,7 @@ def test_unknown_level_names_the_known_ones(fresh):
 
 def test_two_processes_compile_at_once(tmp_path):
     need_compiler()
-    environment = {**os.environ, "KBIT_CACHE": str(tmp_path), "KBIT_CPU_LEVEL": "base", "PYTHONPATH": os.getcwd()}
+    environment = plain_environment(KBIT_CACHE=str(tmp_path), KBIT_CPU_LEVEL="base")
     code = "from kbit.kernels.cpu import library; print(library.library().level, library.library().path)"
     running = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
@@ -140,6 +150,5 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 assert calls() == 2
 """
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=plain_environment(), timeout=120)
     assert done.returncode == 0
