@@ -87,9 +87,16 @@ def _plug_experts() -> None:
     register()
 
 
+def _plug_resizing() -> None:
+    from kbit.integrations.transformers.replaced import register
+
+    register()
+
+
 _PLUGS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _plug_transformers,
     "transformers.integrations.moe": _plug_experts,
+    "transformers.modeling_utils": _plug_resizing,
     "peft": _plug_peft,
     "diffusers.quantizers.auto": _plug_diffusers,
 }

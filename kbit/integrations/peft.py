@@ -9,8 +9,10 @@ a floating point view of the base layer, and what it changed is quantized again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,14 +28,19 @@ _MARK = "_kbit_wrapped"
 
 def register() -> None:
     """Wrap PEFT's methods once. Called when PEFT is imported."""
+    from peft.tuners.lora import dora
     from peft.tuners.lora import layer as lora_layer
-    from peft.utils import integrations, loftq_utils, quantization_utils
+    from peft.tuners.trainable_tokens import layer as trainable_tokens
+    from peft.utils import integrations, loftq_utils, other, quantization_utils
 
     for cls in (lora_layer.Linear, lora_layer.Embedding):
         _wrap(cls, "merge", _merge)
         _wrap(cls, "unmerge", _unmerge)
         _wrap(cls, "update_layer", _update_layer)
     _wrap(lora_layer.ParamWrapper, "__init__", _refuse_packed_parameter)
+    _wrap(dora.DoraEmbeddingLayer, "forward", _dora_embedding)
+    _wrap(other.ModulesToSaveWrapper, "update", _train_a_float_copy)
+    _wrap(trainable_tokens.TrainableTokensLayer, "update_layer", _refuse_tokens_of_a_quantized_table)
     _replace_everywhere(integrations, "dequantize_module_weight", _dequantize_module_weight)
     _replace_everywhere(quantization_utils, "resolve_quantization_backend", _resolve_quantization_backend)
     _replace_everywhere(loftq_utils, "loftq_init", _loftq_init)
@@ -171,6 +178,38 @@ def _refuse_packed_parameter(original: Callable[..., None], layer: Any, *args: A
     original(layer, *args, **kwargs)
 
 
+def _dora_embedding(original: Callable[..., Any], layer: Any, *args: Any, base_layer: Any, **kwargs: Any) -> Any:
+    """DoRA (arXiv 2402.09353) divides by the norm of the whole table's columns, so it needs the table's values."""
+    if isinstance(base_layer, QuantizedModule):
+        base_layer = types.SimpleNamespace(weight=base_layer.dequantize())
+    return original(layer, *args, base_layer=base_layer, **kwargs)
+
+
+def _train_a_float_copy(
+    original: Callable[..., None], wrapper: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """What `modules_to_save` names is trained whole: a floating point copy of a quantized module."""
+    base = wrapper.original_module
+    if adapter_name in wrapper.modules_to_save or not any(isinstance(m, QuantizedModule) for m in base.modules()):
+        return original(wrapper, adapter_name, *args, **kwargs)
+    wrapper.original_module = dequantize_model(copy.deepcopy(base))
+    try:
+        original(wrapper, adapter_name, *args, **kwargs)
+    finally:
+        wrapper.original_module = base.requires_grad_(False)
+
+
+def _refuse_tokens_of_a_quantized_table(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    base = layer.get_base_layer()
+    if isinstance(base, QuantizedModule):
+        raise ValueError(
+            f"trainable_token_indices needs a floating point table, but this one is a {type(base).__name__}: PEFT "
+            "writes the trained rows into its weight. Quantize with quantize_embeddings=False, or name the table in "
+            "modules_to_save, which trains all of it."
+        )
+    original(layer, *args, **kwargs)
+
+
 @torch.no_grad()
 def _loftq_init(
     original: Callable[..., Any], weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1
@@ -264,4 +303,6 @@ def merge_adapters(model: nn.Module, dequantize: bool = True, dtype: torch.dtype
             layer.base_layer = dequantize_model(base, torch.float32)  # one layer at a time is in fp32
             layer.merge()  # type: ignore[operator]
             layer.base_layer.weight.data = layer.base_layer.weight.data.to(wanted)  # type: ignore[union-attr]
+        elif isinstance(base, nn.Module) and hasattr(layer, "merge"):
+            layer.merge()  # type: ignore[operator]  # a head that stayed in floating point has its adapter too
     return dequantize_model(model.unload(), dtype)  # type: ignore[operator]

@@ -56,9 +56,9 @@ FUNCTIONAL = {
     "spmm_coo_very_sparse": "use torch.sparse.mm",
 }
 
-_RESEARCH = "bitsandbytes removed it in 0.50, and kbit has no fp8 or SwitchBack layers"
+_RESEARCH = "bitsandbytes removed it in 0.50"
 RESEARCH = {
-    name: f"{_RESEARCH}; use nn.Linear8bitLt with has_fp16_weights=True to train with int8 products"
+    name: f"{_RESEARCH}; use kbit.nn.SwitchBackLinear to train floating point weights with int8 products"
     for name in (
         "LinearFP8Mixed",
         "LinearFP8Global",
@@ -71,7 +71,7 @@ RESEARCH = {
 }
 
 MODULES = {
-    name: f"{_RESEARCH}; use Linear8bitLt"
+    name: f"{_RESEARCH}; use kbit.nn.SwitchBackLinear to train, Linear8bitLt for inference"
     for name in (
         "SwitchBackLinear",
         "SwitchBackLinearBnb",

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from kbit.integrations.transformers import foreign, keys, offload, ties
+from kbit.integrations.transformers import foreign, keys, offload, replaced, ties
 from kbit.integrations.transformers.config import KbitConfig
 from kbit.integrations.transformers.heap import Trimmer, trim
 from kbit.integrations.transformers.pieces import quantize_in_pieces
 from kbit.nn.base import QuantizedModule
 from kbit.nn.convert import dequantize_model, is_conv1d_class, replace_empty
 from kbit.nn.experts import ExpertWeight
-from kbit.nn.select import output_heads
 
 if TYPE_CHECKING:
     from kbit.config import KbitConfig as PlainConfig
@@ -153,10 +152,7 @@ class KbitQuantizer(HfQuantizer):
 
     def _make_new(self, model: Any, name: str) -> None:
         """A layer that the checkpoint does not have is new: floating point, drawn as the model draws, trainable."""
-        skipped = self.quantization_config.skip_modules
-        if skipped is None:
-            heads = output_heads(model)
-            skipped = [n for n, m in model.named_modules() if m in heads and n not in self.modules]
+        skipped = replaced.skipped_modules(model, self.quantization_config)
         module = self.modules[name]
         if isinstance(module, ExpertWeight):
             raise ValueError(f"the checkpoint lacks {name}, the weights of experts: it is damaged or incomplete")
@@ -240,11 +236,16 @@ class KbitQuantizer(HfQuantizer):
         self, model: Any, safe_serialization: bool | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict as it is written: int8 codes `[N, K, 1]` (see `keys.stored_shape`), offloaded tensors read."""
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            self.quantization_config = replaced.note_floating_point(model, self.quantization_config)
+            model.config.quantization_config = self.quantization_config
         state = offload.full_state_dict(model)
         expected = self.quantization_config.weight_format
         for name, module in ties.quantized_modules(model).items():
             # With adapters that transformers itself manages, save_pretrained writes the adapter alone.
-            if name.endswith(".base_layer") and not getattr(model, "_hf_peft_config_loaded", False):
+            if name.endswith((".base_layer", ".original_module")) and not getattr(
+                model, "_hf_peft_config_loaded", False
+            ):
                 raise ValueError(
                     f"{name} is wrapped by a PEFT adapter, and a checkpoint with such keys could not be loaded again: "
                     "save the adapter with the PEFT model's save_pretrained, or merge it first with kbit.merge_adapters"
