@@ -207,5 +207,10 @@ def _warn_of_experts(model: nn.Module) -> None:
         fused = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
         if fused and "experts" in type(module).__name__.lower():
             which = ", ".join(fused)
-            logger.warning("%s: expert weights of a kind that is not quantized keep their dtype (%s)", name, which)
+            logger.warning(
+                "%s: expert weights of a kind that is not quantized keep their dtype (%s); those that transformers 4 "
+                "fuses are quantized under transformers 5",
+                name,
+                which,
+            )
             return
