@@ -64,6 +64,8 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
     if kernel is None or x.dtype not in _DTYPES:
         return reference.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
     m, k = tokens(x), x.shape[-1]
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()  # launchers pass its address
     capability, aligned = cuda.capability(x), cuda.aligned(x, weight)
     path = choose.linear_4bit_path(m, n, k, block_size, x.element_size(), capability, aligned)
     if path == "hopper" and m and n:

@@ -46,8 +46,9 @@ def install(auto: Any) -> None:
         asked = quantization_config_from_args
         if is_bitsandbytes(quantization_config) and isinstance(asked, PlainConfig):
             config = KbitConfig.from_bitsandbytes(quantization_config)
-            # The checkpoint decides the bytes; these two say how they are multiplied.
-            config.compute_dtype, config.outlier_threshold = asked.compute_dtype, asked.outlier_threshold
+            # The checkpoint decides the bytes; these say how they are multiplied.
+            for name in ("compute_dtype", "outlier_threshold", "int8_activations"):
+                setattr(config, name, getattr(asked, name))
             return config
         return merge(quantization_config, asked, **kwargs)
 
