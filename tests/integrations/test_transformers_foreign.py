@@ -107,8 +107,12 @@ def test_who_loads_a_bitsandbytes_checkpoint(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(native, "_importable", lambda: False)
     assert isinstance(auto.AutoQuantizationConfig.from_dict(config), KbitConfig)
     monkeypatch.setattr(native, "_importable", lambda: True)
-    model = load(quantized_folder(llama(), tmp_path, FORMATS["nf4"]), quantization_config=KbitConfig(bits=4))
+    model = load(quantized_folder(llama(), tmp_path / "4", FORMATS["nf4"]), quantization_config=KbitConfig(bits=4))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+    asked = KbitConfig(bits=8, int8_activations=False, outlier_threshold=5.0, compute_dtype="float32")
+    model = load(quantized_folder(llama(), tmp_path / "8", FORMATS["int8"]), quantization_config=asked)
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.int8_activations, layer.outlier_threshold, layer.compute_dtype) == (False, 5.0, torch.float32)
 
 
 def edit(folder: Path, change: Any) -> None:

@@ -77,6 +77,35 @@ def test_broken_compiler(fresh, tmp_path, caplog):
     assert not list((tmp_path / "cache").iterdir()), "scratch files are left"
 
 
+def test_a_compiler_that_does_not_know_this_cpus_level_compiles_the_next(fresh, tmp_path, caplog):
+    need_compiler()
+    if (build.FOLDER / build.shipped_name()).exists():
+        pytest.skip("this installation ships the library")
+    fresh.setenv("KBIT_CACHE", str(tmp_path / "usual"))
+    usual = library.library().level
+    if usual == "base":
+        pytest.skip("no level above base on this CPU")
+    cpu.reset()
+    script = tmp_path / "c++"
+    # Flags of the highest level, by which it is recognised, are refused as an old compiler would.
+    flag = next(f for f in build.level_flags(usual) if all(f not in build.level_flags(n) for n in lower(usual)))
+    real = " ".join(build.compiler())
+    script.write_text(
+        f'#!/bin/sh\nfor f; do [ "$f" = {flag} ] && echo unrecognized $f >&2 && exit 1; done\nexec {real} "$@"\n'
+    )
+    script.chmod(0o755)
+    fresh.setenv("KBIT_CACHE", str(tmp_path / "old"))
+    fresh.setenv("CXX", str(script))
+    with caplog.at_level(logging.WARNING, logger="kbit"):
+        assert library.library().level == lower(usual)[-1]
+    assert usual in caplog.text and flag in caplog.text
+
+
+def lower(level: str) -> list[str]:
+    names = list(build.levels())
+    return names[: names.index(level)]
+
+
 def test_unknown_level_names_the_known_ones(fresh):
     fresh.setenv("KBIT_CPU_LEVEL", "avx1024")
     assert "avx1024" in library.why_not() and "base" in library.why_not()

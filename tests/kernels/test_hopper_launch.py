@@ -71,6 +71,27 @@ def test_every_argument_reaches_the_kernel(driver):
         assert (values["offsets"], values["experts"]) == (None, 0)
 
 
+def test_a_thread_without_a_context_takes_torchs(driver, monkeypatch):
+    """The driver answers 201 in a thread in which torch has not used the GPU yet."""
+    start, answers, calls = driver.cuLaunchKernelEx, [201], []
+
+    def launch(*arguments):
+        return answers.pop() if answers else start(*arguments)
+
+    def retain(context, device):
+        context._obj.value = 5
+        return 0
+
+    driver.cuLaunchKernelEx = type("Launch", (), {"__call__": staticmethod(launch)})()
+    driver.cuDeviceGet = lambda device, index: calls.append(("device", index)) or 0
+    driver.cuDevicePrimaryCtxRetain = retain
+    driver.cuCtxSetCurrent = lambda context: calls.append(("current", context.value)) or 0
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    x, weight = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(128, 64, dtype=torch.uint8)
+    hopper.linear_4bit(x, weight, torch.zeros(128, 2), None, None, None, "nf4", 64, 128)
+    assert calls == [("device", 3), ("current", 5)] and len(driver.launches) == 1
+
+
 def test_a_change_of_tensors_between_calls_is_seen(driver):
     n, k = 128, 256
     weights = [torch.zeros(n, k // 2, dtype=torch.uint8) for _ in range(2)]

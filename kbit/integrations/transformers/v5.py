@@ -76,12 +76,14 @@ class KbitQuantizerV5(KbitQuantizer):
 
     def _take_foreign(self, model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
         # Everything else is loaded by now, and what was missing lies on its device, without values.
+        empty = set(missing)
         missing, unexpected = super()._take_foreign(model, missing, unexpected)
         assert self.foreign is not None
         for name, module in self.modules.items():
             if self.foreign.has(name):
                 self.foreign.refuse_offloaded(name, module.weight)
-                module.set_parts(self.foreign.parts(name, module, module.weight.device, module.weight.detach()))
+                codes = None if f"{name}.weight" in empty else module.weight.detach()
+                module.set_parts(self.foreign.parts(name, module, module.weight.device, codes))
         for name in self.foreign.floats:
             module = model.get_submodule(name.rpartition(".")[0])
             self.foreign.refuse_offloaded(name, module.weight)

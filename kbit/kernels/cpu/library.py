@@ -75,9 +75,16 @@ def _find() -> Library | str:
 
 def _load() -> Library:
     wanted = _wanted_levels()
-    shipped = build.FOLDER / build.shipped_name()
-    path = shipped if shipped.exists() and not _extra_flags() else _compiled(wanted)
-    handle = ctypes.CDLL(str(path))
+    path = build.FOLDER / build.shipped_name()
+    handle = None
+    if path.exists() and not _extra_flags():
+        try:
+            handle = ctypes.CDLL(str(path))
+        except OSError as error:  # another C library than the one it was built for
+            logger.info("kbit: the shipped CPU kernels cannot be loaded (%s); compiling them", error)
+    if handle is None:
+        path = _compiled(wanted)
+        handle = ctypes.CDLL(str(path))
     for name in reversed(wanted):
         if hasattr(handle, f"kbit_optim_step_{name}") and handle.kbit_cpu_supports(list(build.levels()).index(name)):
             handle.kbit_set_parallel(ctypes.c_void_p(threads.gomp_parallel()))
@@ -100,7 +107,7 @@ def _wanted_levels() -> list[str]:
 
 
 def _compiled(wanted: Sequence[str]) -> Path:
-    """The library in the cache for the highest of the levels that this machine has; compiled if it is not there."""
+    """The library in the cache, compiled if it is not there: the highest level that machine and compiler know."""
     cxx = build.compiler()
     version = build.run([*cxx, "--version"])
     parts = [build.source_hash(), *cxx, version, *_extra_flags(), wanted[-1], sys.platform, _cpu_features()]
@@ -114,7 +121,14 @@ def _compiled(wanted: Sequence[str]) -> Path:
             build.compile_platform(cxx, probe)
             supports = ctypes.CDLL(str(probe)).kbit_cpu_supports
             names = [name for index, name in enumerate(wanted) if supports(index)]
-        build.compile_library(out, names[-1:], cxx, extra=_extra_flags())
+        for name in reversed(names):
+            try:
+                build.compile_library(out, [name], cxx, extra=_extra_flags())
+                break
+            except build.BuildError as error:
+                if name == names[0]:
+                    raise
+                logger.warning("kbit: %s does not know the level %s of this CPU: %s", cxx[0], name, error)
     return out
 
 

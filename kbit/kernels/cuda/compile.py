@@ -23,6 +23,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -135,8 +136,20 @@ def cubin(name: str, arch: str, settings: Mapping[str, object], headers: Mapping
     return code
 
 
+def make_context_current() -> None:
+    """Have this thread use the context that torch uses on its current device (the driver's "primary" one)."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    check(driver().cuDeviceGet(ctypes.byref(device), torch.cuda.current_device()), "finding the GPU")
+    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "finding the GPU's context")
+    check(driver().cuCtxSetCurrent(context), "using the GPU's context")
+
+
 def load(code: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
     """The kernel `name` of machine code, loaded on the current device. Allowed while a CUDA graph is captured."""
+    context = ctypes.c_void_p()
+    check(driver().cuCtxGetCurrent(ctypes.byref(context)), f"loading {name}")
+    if not context:
+        make_context_current()
     mode = ctypes.c_int(_RELAXED)
     check(driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "preparing to load a kernel")
     try:
@@ -207,5 +220,8 @@ class Launcher:
             self._config.grid[:] = self._grid = grid
         self._config.stream = stream
         status = self._start(self._reference, self._function, self.pointers, None)
+        if status == _INVALID_CONTEXT:  # a thread in which torch has not used the GPU yet
+            make_context_current()
+            status = self._start(self._reference, self._function, self.pointers, None)
         if status:
             check(status, "launching a kernel")
