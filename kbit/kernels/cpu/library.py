@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from kbit.kernels.cache import cache_folder
 from kbit.kernels.cpu import build, threads
 
 logger = logging.getLogger("kbit")
@@ -48,13 +49,6 @@ class Library:
     handle: ctypes.CDLL
     level: str
     path: Path
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries live: $KBIT_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("KBIT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kbit"
 
 
 @functools.cache

@@ -21,17 +21,12 @@ from typing import Any
 
 import torch
 
+from kbit.kernels.cache import cache_folder
+
 FOLDER = Path(__file__).parent
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels live: $KBIT_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("KBIT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kbit"
 
 
 def _nvrtc_candidates() -> list[str]:
