@@ -22,6 +22,7 @@ EIGHT = [
 ]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize(("name", "settings"), [(n.removesuffix("8bit"), s) for n, s in EIGHT])
@@ -41,6 +42,7 @@ def test_compiled_step_equals_plain_torch_to_the_bit(name, settings, bits, dtype
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("signed", [True, False])
 def test_compiled_codes_are_the_nearest(signed):
     """Codes of every magnitude, values exactly between two codes included, equal the oracle's."""
