@@ -97,7 +97,9 @@ def test_codes_in_bf16_storage(tmp_path: Path, no_bitsandbytes: None) -> None:
     assert torch.equal(load(folder)(IDS).logits, logits)
 
 
-def test_who_loads_a_bitsandbytes_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_loads_a_bitsandbytes_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """bitsandbytes or its stand-in where there is one; kbit where there is none, or where KbitConfig asks for it."""
     from transformers.quantizers import auto
 
@@ -109,6 +111,9 @@ def test_who_loads_a_bitsandbytes_checkpoint(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(native, "_importable", lambda: True)
     model = load(quantized_folder(llama(), tmp_path / "4", FORMATS["nf4"]), quantization_config=KbitConfig(bits=4))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+    with caplog.at_level("WARNING", logger="kbit"):
+        load(tmp_path / "4", quantization_config=KbitConfig(bits=8))
+    assert "stored in 4 bits" in caplog.text
     asked = KbitConfig(bits=8, int8_activations=False, outlier_threshold=5.0, compute_dtype="float32")
     model = load(quantized_folder(llama(), tmp_path / "8", FORMATS["int8"]), quantization_config=asked)
     layer = model.model.layers[0].mlp.up_proj

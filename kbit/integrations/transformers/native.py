@@ -49,6 +49,10 @@ def install(auto: Any) -> None:
             # The checkpoint decides the bytes; these say how they are multiplied.
             for name in ("compute_dtype", "outlier_threshold", "int8_activations"):
                 setattr(config, name, getattr(asked, name))
+            if asked.bits != config.bits:
+                logger.warning(
+                    "the checkpoint is stored in %d bits and loads so; bits=%d is ignored", config.bits, asked.bits
+                )
             return config
         return merge(quantization_config, asked, **kwargs)
 

@@ -121,6 +121,8 @@ class KbitQuantizer(HfQuantizer):
                 # Its report is written on the way out; an error of its own would hide ours.
                 info.mismatched_keys.clear()
                 info.conversion_errors.clear()
+                info.missing_keys.clear()
+                info.unexpected_keys.clear()
                 raise
             info.missing_keys = {key for key in info.missing_keys if not self._is_scale(key)}
             if self.foreign is not None:
