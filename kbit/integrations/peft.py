@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit.integrations import peft_experts
 from kbit.nn.base import QuantizedModule, quantize_weight
 from kbit.nn.convert import dequantize_model
 from kbit.ops import quantize
@@ -31,12 +32,14 @@ def register() -> None:
     from peft.tuners.lora import dora
     from peft.tuners.lora import layer as lora_layer
     from peft.tuners.trainable_tokens import layer as trainable_tokens
+    from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import integrations, loftq_utils, other, quantization_utils
 
     for cls in (lora_layer.Linear, lora_layer.Embedding):
         _wrap(cls, "merge", _merge)
         _wrap(cls, "unmerge", _unmerge)
         _wrap(cls, "update_layer", _update_layer)
+    _wrap(BaseTuner, "inject_adapter", peft_experts.inject_adapter)
     _wrap(lora_layer.ParamWrapper, "__init__", _refuse_packed_parameter)
     _wrap(dora.DoraEmbeddingLayer, "forward", _dora_embedding)
     _wrap(other.ModulesToSaveWrapper, "update", _train_a_float_copy)
@@ -44,6 +47,10 @@ def register() -> None:
     _replace_everywhere(integrations, "dequantize_module_weight", _dequantize_module_weight)
     _replace_everywhere(quantization_utils, "resolve_quantization_backend", _resolve_quantization_backend)
     _replace_everywhere(loftq_utils, "loftq_init", _loftq_init)
+    with contextlib.suppress(ImportError):  # made for transformers 5
+        from peft.utils import transformers_weight_conversion as conversion
+
+        _replace_everywhere(conversion, "convert_peft_config_for_transformers", peft_experts.convert_config)
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:

@@ -38,6 +38,12 @@ def qwen3_moe(**options: object) -> nn.Module:
     return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**{**COMMON, **sizes, "head_dim": 32, **options}))
 
 
+def qwen2_moe(**options: object) -> nn.Module:
+    sizes = {"intermediate_size": 128, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    config = tf.Qwen2MoeConfig(**{**COMMON, **sizes, "shared_expert_intermediate_size": 64, **options})
+    return tf.Qwen2MoeForCausalLM(config)
+
+
 def gpt_oss(**options: object) -> nn.Module:
     sizes = {"intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
     return tf.GptOssForCausalLM(tf.GptOssConfig(**{**COMMON, **sizes, **options}))
@@ -190,12 +196,64 @@ def test_loss_falls_with_lora(make) -> None:
     assert losses[-1] < 0.9 * losses[0], losses
 
 
-def test_target_parameters_on_packed_experts_is_refused() -> None:
+@pytest.mark.parametrize("modules", [[], ["q_proj"], "all-linear"], ids=str)
+def test_target_parameters_on_packed_experts_is_refused(modules) -> None:
     peft = pytest.importorskip("peft", reason="the peft extra is not installed")
     model = kbit.quantize_model(mixtral(), kbit.KbitConfig(bits=4))
     for name in ("mlp.experts.gate_up_proj", "experts.down_proj", "mlp.experts.gate_up_proj.weight"):
-        with pytest.raises(ValueError):
-            peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=[name]))
+        with pytest.raises(
+            ValueError, match=rf"'{name}', but model\.layers\.0\.mlp\.experts\..*quantize_experts=False"
+        ):
+            peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=modules, target_parameters=[name]))
+    assert not any("lora" in name for name, _ in model.named_modules()), "nothing was changed before the error"
+
+
+def test_experts_named_one_by_one_are_refused_where_they_are_packed() -> None:
+    """PEFT takes names of transformers 4 for the fused Parameters, which are no longer there."""
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    for make, name in ((mixtral, "w1"), (mixtral, "down_proj"), (qwen3_moe, "gate_proj")):
+        model = kbit.quantize_model(make(), kbit.KbitConfig(bits=4))
+        with pytest.raises(ValueError, match=f"target_modules names '{name}'.*quantize_experts=False"):
+            peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", name]))
+
+
+def adapted(model: nn.Module) -> set[str]:
+    """Names of what has adapters, as in layer 0."""
+    return {
+        n.split("layers.0.")[1].partition(".lora_A")[0]
+        for n, _ in model.named_parameters()
+        if "layers.0" in n and "lora_A" in n
+    }
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe])
+def test_all_linear_means_the_linear_layers_that_are_there(make, tmp_path: Path, caplog) -> None:
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    attention = {f"self_attn.{name}_proj" for name in "qkvo"}
+    shared = {f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")} | {"mlp.shared_expert_gate"}
+    linear = attention | (shared if make is qwen2_moe else set())
+    lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    base = kbit.quantize_model(make(), kbit.KbitConfig(bits=4))
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**lora))
+    assert adapted(model) == linear
+    assert "get no adapters" in caplog.text
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        assert not torch.equal(model.unload()(IDS).logits, again(IDS).logits)
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe])
+def test_experts_left_in_16_bits_are_adapted_as_ever(make) -> None:
+    """What users of bitsandbytes have, which never quantizes fused experts: all-linear is experts and router too."""
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    model = kbit.quantize_model(make().bfloat16(), kbit.KbitConfig(bits=4, quantize_experts=False))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert {"mlp.experts", "mlp.experts.base_layer", "mlp.gate", "self_attn.q_proj"} <= adapted(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if "experts" in n and "lora_B" in n}
+    assert len(grads) == 4 and all(g.abs().max() > 0 for g in grads.values())
 
 
 @pytest.mark.parametrize("make", MODELS)
