@@ -4,10 +4,10 @@
 
 Formats: bf16, nf4, fp4, int8 (threshold 6), bnb-nf4 and bnb-int8 (bitsandbytes). Decoding is timed under transformers'
 `generate`, and compiled: the decoder layer with `torch.compile(fullgraph=True)` over a static cache, one whole step,
-token choice included, in one CUDA graph. `--whole` compiles transformers' own forward instead (mode reduce-overhead),
-which takes a minute a model. Before a format is timed, every linear layer of one decoder layer is compared with the
-float64 product of its weight, and the compiled step with transformers' own forward. Results are merged into
-benchmarks/results/end_to_end-<gpu>.json, part by part.
+token choice included, in one CUDA graph; kbit's formats with kbit's backend for it (`--backend`). `--whole` compiles
+transformers' own forward instead (mode reduce-overhead), which takes a minute a model. Before a format is timed, every
+linear layer of one decoder layer is compared with the float64 product of its weight, and the compiled step with
+transformers' own forward. Results are merged into benchmarks/results/end_to_end-<gpu>.json, part by part.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Bench:
         if args.layers:
             self.sizes["num_hidden_layers"] = args.layers
         self.prefill_tokens, self.train_shape = (64, (2, 32)) if args.tiny else (2048, (4, 1024))
+        self.label_is_kbits = False
         self.prompt, self.max_length, self.steps = (8, 32, 8) if args.tiny else (64, 256, 96)
 
     def attention(self) -> AbstractContextManager[object]:
@@ -76,6 +77,12 @@ class Bench:
         if name == "ANY":
             return contextlib.nullcontext()
         return sdpa_kernel(getattr(SDPBackend, name))
+
+    def compiled(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """torch.compile without a break; for kbit's formats with kbit's backend, unless --backend says otherwise."""
+        name = "inductor" if self.args.backend == "auto" and not self.label_is_kbits else self.args.backend
+        backend = "inductor" if name == "inductor" else kbit.compile_backend
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, **options)
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -121,6 +128,7 @@ class Bench:
 
     def model(self, label: str) -> tuple[nn.Module, float]:
         """(the model in a format, seconds that quantizing took)."""
+        self.label_is_kbits = label != "bf16" and not label.startswith("bnb-")
         model = self.build()
         self.sync()
         if label == "bf16":
@@ -229,8 +237,8 @@ class Decoder:
         self.caches = [LayerCache(model, batch, length, self.position) for _ in self.model.layers]
         for layer in self.model.layers:
             layer.self_attn.layer_idx = 0  # else each layer would compile anew; every layer has its own cache
-        self.layer = torch.compile(type(self.model.layers[0]).forward, fullgraph=True, dynamic=False)
-        self.tail = torch.compile(self._tail, fullgraph=True, dynamic=False)
+        self.layer = bench.compiled(type(self.model.layers[0]).forward)
+        self.tail = bench.compiled(self._tail)
         self.logits: Tensor
 
     def _tail(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,7 +327,7 @@ def whole_decode(bench: Bench, label: str, model: nn.Module, batch: int) -> dict
     expected = model(prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
     model(prompt[:, :-1], past_key_values=cache, use_cache=True)
     begin = time.perf_counter()
-    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    forward = bench.compiled(model.forward, mode="reduce-overhead")
     ids = prompt[:, -1:].clone()
     at = torch.tensor([[bench.prompt - 1]], device=bench.device)
 
@@ -473,6 +481,12 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="compile transformers' own forward")
     parser.add_argument(
         "--attention", choices=[b.lower() for b in ATTENTION], default="any", help="of compiled decoding"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "inductor", "kbit"],
+        default="auto",
+        help="of torch.compile; auto: kbit's for its own formats, which multiplies layers that share an input at once",
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the benchmark itself; also on a CPU")

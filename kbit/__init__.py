@@ -18,6 +18,7 @@ _PUBLIC = {
     "QuantizedTensor": "kbit.formats",
     "quantize": "kbit.ops",
     "dequantize": "kbit.ops",
+    "compile_backend": "kbit.ops.compiler",
     "Linear4bit": "kbit.nn",
     "Linear8bit": "kbit.nn",
     "SwitchBackLinear": "kbit.nn",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from kbit.nn import quantize_model as quantize_model
     from kbit.ops import dequantize as dequantize
     from kbit.ops import quantize as quantize
+    from kbit.ops.compiler import compile_backend as compile_backend
 
 
 def __getattr__(name: str) -> Any:

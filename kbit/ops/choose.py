@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Up to this many tokens a product reads the int8 weights alone: the activations stay unquantized, which is both
@@ -80,6 +82,30 @@ def hopper_fits(m: int, n: int, k: int, block_size: int, dtype_bytes: int) -> bo
         and m <= (HOPPER_TOKENS if n > 2048 else TRITON_TOKENS)
         and (m < HOPPER_WHOLE_WAVES_TOKENS or _wave_share(m, n) >= HOPPER_WAVE_SHARE)
     )
+
+
+# Products that share their input are one launch on Hopper: up to so many tokens and weights. With more tokens each
+# product fills the GPU by itself.
+GROUP_TOKENS = 64
+GROUP_WEIGHTS = 4
+
+
+def linear_4bit_group_path(
+    m: int,
+    n: Sequence[int],
+    k: int,
+    block_size: int,
+    dtype_bytes: int,
+    capability: tuple[int, int] | None,
+    aligned: bool,
+) -> str:
+    """ "hopper" (one launch) or "separate" for products of `m` tokens with several 4-bit weights `[n[i], K]`.
+
+    The other arguments as in `linear_4bit_path`, aligned: all of them are."""
+    if not 0 < m <= GROUP_TOKENS or not 1 < len(n) <= GROUP_WEIGHTS or min(n) == 0:
+        return "separate"
+    paths = {linear_4bit_path(m, rows, k, block_size, dtype_bytes, capability, aligned) for rows in n}
+    return "hopper" if paths == {"hopper"} else "separate"
 
 
 def _wave_share(m: int, n: int) -> float:

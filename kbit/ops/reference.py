@@ -53,6 +53,13 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
     return F.linear(x, w, bias)
 
 
+def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
+    """One product after the other, each as its own backend does it."""
+    lists = (weight, absmax, nested_absmax, nested_offset, bias, n)
+    product = torch.ops.kbit.linear_4bit.default
+    return [product(x, *parts, codebook, block_size, rows) for *parts, rows in zip(*lists, strict=True)]
+
+
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
     shape = (grad.shape[-1], k)
     w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, shape, grad.dtype)
@@ -244,6 +251,7 @@ IMPLEMENTATIONS = {
     "quantize_dynamic": blocks.quantize_dynamic,
     "dequantize_dynamic": dequantize_dynamic,
     "linear_4bit": linear_4bit,
+    "linear_4bit_group": linear_4bit_group,
     "linear_4bit_grad_input": linear_4bit_grad_input,
     "linear_8bit": linear_8bit,
     "linear_8bit_grad_input": linear_8bit_grad_input,

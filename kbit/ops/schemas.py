@@ -5,6 +5,8 @@ is fp32, or the bits of fp32 as int32 (how modules hold it, so that no cast can 
 and `nested_offset` given, the uint8 codes of double quantization. The nested tensors are fp32 or their bits too.
 `codebook` is "nf4" or "fp4". A weight stands for `W [N, K]`; `x` is `[..., K]`.
 
+`linear_4bit_group` is several products that share `x`: lists with one entry a weight, and a list of results.
+
 Products over experts take the weights of all of them, `W [E, N, K]`, and rows `x [S, K]` that are sorted by expert:
 those of expert e end before row `offsets[e]` (int32 `[E]`, on x's device). Rows beyond the last expert's give 0.
 """
@@ -31,6 +33,8 @@ SCHEMAS = {
     "dequantize_dynamic": "(Tensor codes, Tensor absmax, bool signed, int block_size, ScalarType dtype) -> Tensor",
     "linear_4bit": f"(Tensor x, Tensor weight, {_SCALES}, Tensor? bias, str codebook, int block_size, SymInt n)"
     " -> Tensor",
+    "linear_4bit_group": "(Tensor x, Tensor[] weight, Tensor[] absmax, Tensor?[] nested_absmax,"
+    " Tensor?[] nested_offset, Tensor?[] bias, str codebook, int block_size, SymInt[] n) -> Tensor[]",
     "linear_4bit_grad_input": f"(Tensor grad, Tensor weight, {_SCALES}, str codebook, int block_size, SymInt k)"
     " -> Tensor",
     "linear_8bit": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float outlier_threshold,"
@@ -110,6 +114,19 @@ def check_weight(weight: Tensor, n: int, k: int) -> None:
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
     check_weight(weight, n, x.shape[-1])
     return x.new_empty((*x.shape[:-1], n))
+
+
+@_fake
+def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
+    lists = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset, "bias": bias, "n": n}
+    for name, given in lists.items():
+        torch._check(
+            len(given) == len(weight),
+            lambda name=name, given=given: f"a group of {len(weight)} weights has {len(given)} values of {name}",
+        )
+    for one, rows in zip(weight, n, strict=True):
+        check_weight(one, rows, x.shape[-1])
+    return [x.new_empty((*x.shape[:-1], rows)) for rows in n]
 
 
 @_fake

@@ -83,6 +83,16 @@ def test_linear_4bit_odd_and_strided():
     check("linear_4bit_grad_input", torch.randn(1, 1).expand(3, 7), *parts, "nf4", 64, 33)
 
 
+@pytest.mark.parametrize("label", ["nf4", "fp4-plain"])
+@pytest.mark.parametrize("shape", X_SHAPES)
+def test_linear_4bit_group(label, shape):
+    weights = [weight_4bit(n, 64, label)[0] for n in (8, 5)]
+    columns = [list(column) for column in zip(*weights, strict=True)]
+    for dtype in (torch.float32, torch.bfloat16):
+        biases = [None, torch.randn(5).to(dtype)]
+        check("linear_4bit_group", torch.randn(shape).to(dtype), *columns, biases, label[:3], 64, [8, 5])
+
+
 @pytest.mark.parametrize("shape", X_SHAPES)
 def test_linear_8bit(shape):
     parts, _ = weight_8bit(8, 64)
