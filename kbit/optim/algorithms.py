@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from kbit.optim.optimizer import KbitOptimizer
+from kbit.optim.settings import parse_betas
 
 
 def _no_amsgrad(name: str, amsgrad: bool) -> None:
@@ -37,7 +38,7 @@ class Adam(KbitOptimizer):
         **options: Any,
     ) -> None:
         _no_amsgrad(type(self).__name__, amsgrad)
-        defaults = {"lr": lr, "betas": _betas(betas, 2), "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": parse_betas(betas, 2), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params,
             defaults,
@@ -99,7 +100,7 @@ class AdEMAMix(KbitOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": _betas(betas, 3),
+            "betas": parse_betas(betas, 3),
             "alpha": alpha,
             "t_alpha": t_alpha,
             "t_beta3": t_beta3,
@@ -128,7 +129,7 @@ class Lion(KbitOptimizer):
         is_paged: bool = False,
         **options: Any,
     ) -> None:
-        defaults = {"lr": lr, "betas": _betas(betas, 2), "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": parse_betas(betas, 2), "weight_decay": weight_decay}
         super().__init__(
             params,
             defaults,
@@ -158,8 +159,6 @@ class SGD(KbitOptimizer):
         min_8bit_size: int = 4096,
         **options: Any,
     ) -> None:
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("nesterov needs a momentum above 0 and no dampening")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -227,8 +226,6 @@ class RMSprop(KbitOptimizer):
         min_8bit_size: int = 4096,
         **options: Any,
     ) -> None:
-        if not 0.0 <= alpha < 1.0:
-            raise ValueError(f"invalid alpha: {alpha} (must be in [0, 1))")
         defaults = {
             "lr": lr,
             "alpha": alpha,
@@ -298,7 +295,7 @@ class LAMB(KbitOptimizer):
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
-            "betas": _betas(betas, 2),
+            "betas": parse_betas(betas, 2),
             "eps": eps,
             "weight_decay": weight_decay,
             "adam_w_mode": adam_w_mode,
@@ -312,13 +309,3 @@ class LAMB(KbitOptimizer):
             max_unorm=max_unorm,
             **options,
         )
-
-
-def _betas(betas: Any, count: int) -> tuple[float, ...]:
-    """Betas as numbers; a string such as "(0.9, 0.999)" comes from command lines."""
-    if isinstance(betas, str):
-        betas = betas.strip("() ").split(",")
-    values = tuple(float(beta) for beta in betas)
-    if len(values) != count:
-        raise ValueError(f"betas must have {count} values, not {len(values)}")
-    return values

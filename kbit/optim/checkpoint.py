@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 BNB_KEY = "__bnb_optimizer_quant_state__"
 # Settings of torch.optim and bitsandbytes that choose an implementation, not a result.
 _IGNORED = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+#: A key of saved groups (of no live one): the algorithm whose states these are.
+ALGORITHM_KEY = "algorithm"
+# Settings that checkpoints of the same algorithm from elsewhere may lack.
+_OPTIONAL = frozenset({"max_unorm", "skip_zeros", "use_muon", "betas", "adamw_eps"})
+# Settings of torch.optim that tell its algorithms apart.
+_HYPERPARAMETERS = frozenset(
+    {"betas", "momentum", "dampening", "nesterov", "alpha", "centered", "lr_decay", "ns_steps"}
+)
+_HYPERPARAMETERS |= {"eps", "momentum_decay", "rho", "lambd", "t0", "etas", "step_sizes"}
+# Algorithms that torch.optim has too, whose checkpoints name none.
+_OF_TORCH = frozenset({"adam", "adamw", "sgd", "rmsprop", "adagrad", "muon"})
 
 
 def load_groups(
@@ -42,15 +53,53 @@ def load_groups(
                 f"parameter group {number}: loaded state dict has {len(other['params'])} parameters, this optimizer "
                 f"{len(group['params'])}"
             )
+        _check_algorithm(optimizer, number, group, other, structure)
         if other.get("maximize") or other.get("amsgrad"):
             raise ValueError(f"parameter group {number}: maximize and amsgrad are not supported")
-        kept = {k: v for k, v in other.items() if k not in (*structure, *_IGNORED, "params", "param_names")}
+        kept = {
+            k: v for k, v in other.items() if k not in (*structure, *_IGNORED, ALGORITHM_KEY, "params", "param_names")
+        }
         kept = _settings_from_bnb(group, kept)
         for key in ("maximize", "amsgrad"):
             if key not in group:
                 kept.pop(key, None)
         groups.append({**group, **kept})
     return groups
+
+
+def _check_algorithm(
+    optimizer: KbitOptimizer, number: int, own: dict[str, Any], saved: dict[str, Any], structure: tuple[str, ...]
+) -> None:
+    """Raise ValueError for a group that another algorithm has saved.
+
+    Our groups say whose they are. Others tell by their settings: those of torch.optim have all that the algorithm
+    needs; those of bitsandbytes are alike for all (`betas` hold whatever there is), and the states have to tell.
+    """
+    name, kind = type(optimizer).__name__, optimizer.algorithm
+    source = saved.get(ALGORITHM_KEY)
+    if source is None and "decoupled_weight_decay" in saved and kind in ("adam", "adamw"):
+        source = "adamw" if saved["decoupled_weight_decay"] else "adam"
+    if source is not None:
+        same = source == kind or ({source, kind} == {"adam", "adamw"} and not saved.get("weight_decay"))
+        if not same:
+            raise ValueError(
+                f"parameter group {number}: the loaded state dict is of {source}, but {name} is {kind}, whose states "
+                f"mean something else. Load it into an optimizer of {source}, or start {name} without it."
+            )
+    if ALGORITHM_KEY in saved:
+        return
+    of_bitsandbytes = "betas" in saved and not {"amsgrad", "maximize", "foreach"} & saved.keys()
+    if of_bitsandbytes or "optim_bits" in saved:
+        return  # or ours, from before the algorithm was saved
+    needed = set(own) - {*structure, *_OPTIONAL, "params", "param_names", "initial_lr"}
+    missing, foreign = sorted(needed - set(saved)), sorted(_HYPERPARAMETERS & set(saved) - set(own))
+    if missing or foreign or kind not in _OF_TORCH:
+        known = sorted(set(saved) - {*_IGNORED, "params", "param_names"})
+        lacks = f" and no {', '.join(missing)}" if missing else ""
+        raise ValueError(
+            f"parameter group {number} of the loaded state dict is not one of {kind}, which {name} is: it has "
+            f"{', '.join(known)}{lacks}. Load it into the optimizer with these settings, or start {name} without it."
+        )
 
 
 def _settings_from_bnb(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +131,7 @@ def load_state(
             raise ValueError(f"loaded state dict has a state for parameter {key!r}, which no group lists")
         p, group = places[key]
         config = {**group, **optimizer._overrides.get(p, {})}
-        if values:
+        if any(value is not None for value in values.values()):  # torch's SGD keeps a buffer of None
             loaded[p] = _load_one(values, p, config, optimizer._rule(config), key)
     return loaded
 
@@ -90,6 +139,15 @@ def load_state(
 def _load_one(values: dict[str, Any], p: Tensor, config: dict[str, Any], rule: Rule, key: Any) -> dict[str, Any]:
     if BNB_KEY in values or "state1" in values:
         values = _from_bnb(values, p, rule, key)
+    known = {"step", "compensation"} | {n for spec in rule.states for n in (spec.name, states.absmax_key(spec.name))}
+    if others := sorted(k for k, v in values.items() if k not in known and v is not None):
+        wanted = ", ".join(spec.name for spec in rule.states) or "none"
+        raise ValueError(
+            f"state of parameter {key!r} holds {', '.join(others)}, which this optimizer does not have (its states: "
+            f"{wanted}): the checkpoint is another algorithm's, or has other settings"
+        )
+    if "step" not in values and "momentum_buffer" in values:
+        values = {**values, "step": 1.0}  # torch's SGD and Muon count none; the buffer shows that there was one
     if "step" not in values:
         raise ValueError(f"state of parameter {key!r} has no 'step'")
     step = values["step"]
@@ -101,7 +159,7 @@ def _load_one(values: dict[str, Any], p: Tensor, config: dict[str, Any], rule: R
     bits8, paged = states.wants_8bit(p.numel(), config), states.wants_paging(p, config)
     for spec in rule.states:
         if spec.name not in values or values[spec.name] is None:
-            raise ValueError(f"state of parameter {key!r} has no {spec.name!r}; it has {sorted(values)}")
+            raise ValueError(f"state of parameter {key!r} has no {spec.name!r}; it has {', '.join(sorted(values))}")
         _take(fresh, values, spec, p, key)
         states.convert(fresh, spec, p, bits8, paged)
     if isinstance(values.get("compensation"), Tensor):
@@ -167,8 +225,11 @@ def _from_bnb(values: dict[str, Any], p: Tensor, rule: Rule, key: Any) -> dict[s
         else:
             sources.append((stored, absmax, qmap))
     if len(sources) != len(rule.states):
-        wanted = [spec.name for spec in rule.states]
-        raise ValueError(f"bitsandbytes state of parameter {key!r} holds {len(sources)} tensors, not {wanted}")
+        wanted = ", ".join(spec.name for spec in rule.states) or "none"
+        raise ValueError(
+            f"bitsandbytes state of parameter {key!r} holds {len(sources)} tensors, this optimizer has "
+            f"{len(rule.states)} ({wanted}): the checkpoint is another algorithm's"
+        )
     for spec, (stored, absmax, qmap) in zip(rule.states, sources, strict=True):
         if stored.numel() != p.numel():
             raise ValueError(f"bitsandbytes state of parameter {key!r} has {stored.numel()} elements, not {p.numel()}")

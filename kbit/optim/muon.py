@@ -10,6 +10,7 @@ layers; a group with `use_muon=False`
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from kbit.optim import sharding, state
 from kbit.optim.batch import Batch, Item
 from kbit.optim.optimizer import KbitOptimizer
 from kbit.optim.rules import DECOUPLED, MOMENTUM, NO_NORM, SGD, Rule, StateSpec, rule_for
+from kbit.optim.settings import check_muon, parse_betas
 
 _RULE = Rule(SGD, DECOUPLED, NO_NORM, MOMENTUM, (StateSpec("momentum_buffer", True),))
 
@@ -29,7 +31,8 @@ class Muon(KbitOptimizer):
     momentum, nesterov: of the average of gradients. ns_coefficients, ns_steps, eps: of the Newton-Schulz iteration.
     adjust_lr_fn: None or "original" scales the rate by sqrt(max(1, rows / columns)), "match_rms_adamw" by
     0.2 * sqrt(max(rows, columns)). betas, adamw_eps: for groups with use_muon=False. Raises ValueError for a parameter
-    that is no matrix in a group that uses Muon. A matrix whose gradient is not finite is left alone.
+    that is no matrix in a group that uses Muon, and there for max_unorm, skip_zeros, stochastic_rounding and kahan. A
+    matrix whose gradient is not finite is left alone.
     """
 
     algorithm = "muon"
@@ -50,8 +53,6 @@ class Muon(KbitOptimizer):
         adamw_eps: float = 1e-8,
         **options: Any,
     ) -> None:
-        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-            raise ValueError(f"adjust_lr_fn must be None, 'original' or 'match_rms_adamw', not {adjust_lr_fn!r}")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -61,7 +62,7 @@ class Muon(KbitOptimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
-            "betas": betas,
+            "betas": parse_betas(betas, 2),
             "adamw_eps": adamw_eps,
             "use_muon": True,
         }
@@ -77,6 +78,10 @@ class Muon(KbitOptimizer):
                 f"Muon is for matrices, not for a parameter of shape {tuple(wrong.shape)}: put it into a group with "
                 '"use_muon": False, which gets AdamW'
             )
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        super()._check(config)
+        check_muon(config)
 
     def _rule(self, config: dict[str, Any]) -> Rule:
         return _RULE if config["use_muon"] else rule_for("adamw", config)

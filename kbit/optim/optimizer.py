@@ -9,7 +9,7 @@ states an element whose new state would not be finite keeps its value and its st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from kbit.optim import sharding
 from kbit.optim import state as states
 from kbit.optim.batch import Batch, Item, step_native, step_plain
-from kbit.optim.checkpoint import load_groups, load_state, reshardable
+from kbit.optim.checkpoint import ALGORITHM_KEY, load_groups, load_state, reshardable
 from kbit.optim.paging import synchronize
 from kbit.optim.rules import Rule, rule_for
+from kbit.optim.settings import check, override_targets, refuse_keywords
 
 # What the constructor decides, and a checkpoint does not change.
 STRUCTURE = ("optim_bits", "min_8bit_size", "is_paged", "stochastic_rounding", "kahan")
@@ -55,6 +56,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         kahan: bool = False,
         args: Any = None,
+        **unknown: Any,
     ) -> None:
         structure: dict[str, Any] = {
             "optim_bits": optim_bits,
@@ -68,6 +70,7 @@ class KbitOptimizer(torch.optim.Optimizer):
             structure["optim_bits"] = self.forced_bits
         structure["is_paged"] = is_paged if self.forced_paging is None else self.forced_paging
         structure |= {"stochastic_rounding": stochastic_rounding, "kahan": kahan}
+        refuse_keywords(type(self).__name__, unknown, {**defaults, **structure})
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
         self._batches: dict[int, tuple[Any, list[Tensor], list[Batch]]] = {}
@@ -82,7 +85,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         """Add a group; settings that it does not name are the constructor's."""
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1])
+            self._check(self.param_groups[-1])
             for p in self.param_groups[-1]["params"]:
                 if not p.is_floating_point():
                     raise ValueError(f"{type(self).__name__} optimizes floating-point parameters, not {p.dtype}")
@@ -95,24 +98,25 @@ class KbitOptimizer(torch.optim.Optimizer):
 
         target: a parameter, several, or a module (all its parameters). config: any keys of a parameter group. Works
         at any time; existing states are converted. Not part of the state dict: call it again after constructing.
-        Raises ValueError for an unknown key and for a parameter that this optimizer does not have.
+        Raises ValueError for an unknown key, a value out of range and a parameter that this optimizer does not have,
+        TypeError for a target that is none of the above; nothing is changed then.
         """
         if unknown := sorted(set(config) - set(self.defaults)):
-            raise ValueError(f"unknown settings {unknown}; known: {sorted(self.defaults)}")
-        if isinstance(target, nn.Module):
-            chosen: list[Tensor] = [p for p in target.parameters() if p.requires_grad]
-        elif isinstance(target, Tensor):
-            chosen = [target]
-        else:
-            chosen = list(target)
+            raise ValueError(f"unknown settings {', '.join(unknown)}; known: {', '.join(sorted(self.defaults))}")
+        if not config:
+            known = ", ".join(sorted(self.defaults))
+            raise ValueError(f"override needs a setting to override, such as optim_bits=32; known: {known}")
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        for p in chosen:
-            if p not in groups:
-                raise ValueError(f"a parameter of shape {tuple(p.shape)} does not belong to this optimizer")
-            wanted = {**self._overrides.get(p, {}), **config}
-            _check({**groups[p], **wanted})
-            self._overrides[p] = wanted
+        wanted = {}
+        for p in override_targets(target, groups, type(self).__name__):
+            wanted[p] = {**self._overrides.get(p, {}), **config}
+            self._check({**groups[p], **wanted[p], "params": [p]})
+        self._overrides |= wanted
         self._forget()
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        """Raise ValueError for a setting of a group that is out of range."""
+        check(config, self.algorithm)
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -259,6 +263,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         """States and settings, as torch.optim has them; paged states have arrived in host memory when it returns."""
         synchronize(self.state)
         saved = super().state_dict()
+        saved["param_groups"] = [{**group, ALGORITHM_KEY: self.algorithm} for group in saved["param_groups"]]
         if any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"]):
             places = [(p, group) for group in self.param_groups for p in group["params"]]
             keys = [key for group in saved["param_groups"] for key in group["params"]]
@@ -272,7 +277,8 @@ class KbitOptimizer(torch.optim.Optimizer):
         """Load what `state_dict` returned, exactly; also checkpoints of bitsandbytes and torch.optim.
 
         States take the containers that this optimizer was constructed for: an 8-bit checkpoint loads into a 32-bit
-        optimizer and the reverse. Raises ValueError where groups, names or shapes do not fit.
+        optimizer and the reverse. Raises ValueError where algorithm, groups, names or shapes do not fit; nothing is
+        changed then.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             if (changed := hook(self, state_dict)) is not None:
@@ -325,21 +331,3 @@ def _choose(batch: Batch) -> str:
 
         return "native" if native.available() else "torch"
     return "torch"
-
-
-def _check(config: dict[str, Any]) -> None:
-    """Raise ValueError for a setting out of range, naming it."""
-    if not isinstance(config["lr"], Tensor) and not config["lr"] >= 0.0:
-        raise ValueError(f"invalid learning rate: {config['lr']}")
-    for key in ("eps", "weight_decay", "max_unorm", "momentum", "lr_decay", "initial_accumulator_value"):
-        if key in config and not config[key] >= 0.0:
-            raise ValueError(f"invalid {key}: {config[key]} (must be 0 or more)")
-    for index, beta in enumerate(config.get("betas", ())):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"invalid beta parameter at index {index}: {beta} (must be in [0, 1))")
-    if config["optim_bits"] not in (8, 32):
-        raise ValueError(f"optim_bits must be 8 or 32, not {config['optim_bits']}")
-    if config["stochastic_rounding"] and config["kahan"]:
-        raise ValueError("stochastic_rounding and kahan exclude each other: choose one")
-    if config["stochastic_rounding"] and any(p.dtype == torch.float16 for p in config["params"]):
-        raise ValueError("stochastic_rounding is for bfloat16 parameters; use kahan=True for float16")

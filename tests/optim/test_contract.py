@@ -223,11 +223,44 @@ def test_optimizer_frees_its_memory():
         (lambda p: optim.AdamW(p, kahan=True, stochastic_rounding=True), "exclude"),
         (lambda p: optim.SGD(p, lr=0.1, nesterov=True), "nesterov"),
         (lambda p: optim.AdamW([{"params": p, "betas": (0.9, 2.0)}]), "beta parameter at index 1"),
+        (lambda p: optim.AdamW(p, lr="a"), "lr='a'"),
+        (lambda p: optim.AdamW(p, lr=float("nan")), "lr=nan"),
+        (lambda p: optim.AdamW(p, lr=torch.ones(2)), r"shape \(2,\)"),
+        (lambda p: optim.AdamW(p, betas="x"), "betas: 'x'"),
+        (lambda p: optim.AdamW(p, betas=0.9), "betas: 0.9"),
+        (lambda p: optim.AdEMAMix(p, betas=(0.9, 0.999)), "must have 3 values"),
+        (lambda p: optim.AdEMAMix(p, t_alpha=-1), "t_alpha"),
+        (lambda p: optim.RMSprop(p, alpha=1.0), "alpha"),
+        (lambda p: optim.Adagrad(p, lr_decay=-1.0), "lr_decay"),
+        (lambda p: optim.AdamW(p, eps=None), "eps: None"),
+        (lambda p: optim.AdamW(p, weight_decay="0.1"), "weight_decay: '0.1'"),
+        (lambda p: optim.AdamW(p, min_8bit_size=-5), "min_8bit_size"),
+        (lambda p: optim.AdamW(p, kahan="yes"), "kahan: 'yes'"),
+        (lambda p: optim.SGD([{"params": p, "nesterov": True}], lr=0.1), "nesterov"),
+        (lambda p: optim.Muon(p, ns_steps=100), "ns_steps"),
+        (lambda p: optim.Muon(p, ns_coefficients=(1.0, 2.0)), "ns_coefficients"),
+        (lambda p: optim.Muon(p, adjust_lr_fn="x"), "adjust_lr_fn"),
     ],
 )
 def test_settings_out_of_range(call, message):
     with pytest.raises(ValueError, match=message):
         call(list(model().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ({"percentile_clipping": 5}, "clip_grad_norm_"),
+        ({"block_wise": False}, "blocks? of 256"),
+        ({"blocksize": 2048}, "blocks? of 256"),
+        ({"maximize": True}, "negate"),
+        ({"learning_rate": 0.1}, "no argument 'learning_rate'.*lr"),
+    ],
+)
+@pytest.mark.parametrize("form", ["AdamW", "AdamW8bit", "Muon8bit"])
+def test_arguments_that_are_not_there(form, keyword, message):
+    with pytest.raises(TypeError, match=message):
+        getattr(optim, form)([torch.nn.Parameter(torch.ones(2, 2))], **keyword)
 
 
 def test_betas_as_a_string():
@@ -253,6 +286,34 @@ def test_overrides_by_parameter_and_by_module():
         opt.override(net[0], bits=8)
     with pytest.raises(ValueError, match="does not belong"):
         opt.override(torch.nn.Parameter(torch.ones(3)), lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda opt, net: opt.override("0.weight", lr=1.0), TypeError, "get_parameter"),
+        (lambda opt, net: opt.override(3, lr=1.0), TypeError, "not 3"),
+        (lambda opt, net: opt.override(["0.weight"], lr=1.0), TypeError, "holds '0.weight'"),
+        (lambda opt, net: opt.override(net.named_parameters(), lr=1.0), TypeError, "tuple"),
+        (lambda opt, net: opt.override(net[0].weight, lr="a"), ValueError, "lr='a'"),
+        (lambda opt, net: opt.override(net[0].weight, betas="x"), ValueError, "betas: 'x'"),
+        (lambda opt, net: opt.override(net[0].weight, optim_bits=4), ValueError, "optim_bits must be 8 or 32, not 4"),
+        (lambda opt, net: opt.override(net[0].weight), ValueError, "needs a setting"),
+        (lambda opt, net: opt.override(net[1], lr=1.0), ValueError, "Tanh has none that requires a gradient"),
+        (lambda opt, net: opt.override([], lr=1.0), ValueError, "an empty list"),
+        (
+            lambda opt, net: opt.override(torch.nn.Sequential(net, torch.nn.Linear(2, 2)), lr=1.0),
+            ValueError,
+            "'1.weight'",
+        ),
+    ],
+)
+def test_overrides_that_cannot_be_meant_change_nothing(call, error, message):
+    net = model()
+    opt = optim.AdamW8bit(net.parameters())
+    with pytest.raises(error, match=message):
+        call(opt, net)
+    assert not opt._overrides
 
 
 def test_overrides_belong_to_one_optimizer():
@@ -285,13 +346,77 @@ def test_load_rejects_what_does_not_fit():
         optim.AdamW8bit([{"params": [p]} for p in net.parameters()]).load_state_dict(good)
     with pytest.raises(ValueError, match="4 parameters, this optimizer 2"):
         optim.AdamW8bit(net[0].parameters()).load_state_dict(good)
-    with pytest.raises(ValueError, match="no 'exp_avg_slow'"):
-        optim.AdEMAMix8bit(net.parameters()).load_state_dict(good)
     with pytest.raises(ValueError, match="shape"):
         optim.AdamW8bit([torch.nn.Parameter(torch.ones(7)) for _ in range(4)]).load_state_dict(good)
     with pytest.raises(ValueError, match="not an optimizer state dict"):
         opt.load_state_dict({"model": {}})
     assert torch.equal(opt.state[net[0].weight]["exp_avg"], good["state"][0]["exp_avg"])
+
+
+FAMILIES = ["Adam", "AdamW", "AdEMAMix", "Lion", "SGD", "LARS", "RMSprop", "Adagrad", "LAMB", "Muon"]
+
+
+def matrices() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(64, 100, bias=False), torch.nn.Linear(100, 8, bias=False))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_states_of_another_algorithm_are_refused(name, steps):
+    """Whether they have the same names (Adam and LAMB, SGD and LARS), fewer or more, or none yet."""
+    net = matrices()
+    source = getattr(optim, f"{name}8bit")(net.parameters(), **(settings_of(name) or {"lr": 0.01}), weight_decay=0.1)
+    train(net, source, steps)
+    saved = source.state_dict()
+    for other in FAMILIES:
+        opt = getattr(optim, f"{other}32bit")(matrices().parameters(), **(settings_of(other) or {"lr": 0.02}))
+        if other == name:
+            opt.load_state_dict(saved)
+            assert opt.param_groups[0]["lr"] == 0.01 and len(opt.state) == 2 * steps
+            continue
+        with pytest.raises(ValueError, match=f"of {name.lower()}, but {other}32bit is {other.lower()}"):
+            opt.load_state_dict(saved)
+        assert not opt.state and opt.param_groups[0]["lr"] == settings_of(other).get("lr", 0.02)
+
+
+TORCH = ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "NAdam", "Adamax", "Adadelta", "Muon"]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", [name for name in TORCH if hasattr(torch.optim, name)])
+def test_checkpoints_of_torch_load_into_the_same_algorithm_alone(name, steps):
+    settings = {"lr": 0.01, "weight_decay": 0.1, **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})}
+    net = matrices()
+    source = getattr(torch.optim, name)(net.parameters(), **settings)
+    train(net, source, steps)
+    for other in FAMILIES:
+        opt = getattr(optim, f"{other}32bit")(net.parameters(), **(settings_of(other) or {"lr": 0.02}))
+        if name == "Adamax" and not steps and other in ("Adam", "AdamW"):
+            continue  # the same settings, and no states yet
+        if other != name:
+            with pytest.raises(ValueError, match="parameter group 0|state of parameter"):
+                opt.load_state_dict(source.state_dict())
+            continue
+        twin = copy.deepcopy(net)
+        theirs = getattr(torch.optim, name)(twin.parameters(), **settings)
+        theirs.load_state_dict(source.state_dict())
+        opt.load_state_dict(source.state_dict())
+        start = copy.deepcopy(net.state_dict())
+        train(net, opt, 2, seed=1)
+        train(twin, theirs, 2, seed=1)
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, twin.state_dict()[key], rtol=1e-4, atol=1e-4 if name == "Muon" else 1e-6)
+        net.load_state_dict(start)
+
+
+def test_adam_and_adamw_share_checkpoints_where_nothing_decays():
+    net = model()
+    source = optim.Adam8bit(net.parameters())
+    train(net, source, 2)
+    other = optim.AdamW8bit(net.parameters(), weight_decay=0.1)
+    other.load_state_dict(source.state_dict())
+    assert other.param_groups[0]["weight_decay"] == 0
 
 
 def test_loads_between_8_and_32_bits_and_from_torch():

@@ -76,3 +76,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_matrix_alone():
     optimizer.step()
     assert torch.equal(p, before)
     assert (optimizer.state[p]["momentum_buffer"].int() - codes.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("option", ["kahan", "stochastic_rounding", "skip_zeros", "max_unorm"])
+def test_options_that_a_whole_matrix_cannot_have_are_refused(option):
+    matrix, bias = torch.nn.Parameter(torch.ones(4, 4).bfloat16()), torch.nn.Parameter(torch.ones(4).bfloat16())
+    groups = [{"params": [matrix]}, {"params": [bias], "use_muon": False, option: True}]
+    opt = optim.Muon8bit(groups)  # AdamW's groups can
+    assert opt.param_groups[1][option] and not opt.param_groups[0][option]
+    bias.grad = torch.ones_like(bias)
+    opt.step()
+    for wrong in (lambda: optim.Muon8bit([matrix], **{option: True}), lambda: opt.override(matrix, **{option: True})):
+        with pytest.raises(ValueError, match=f"{option}=True is not for Muon.*use_muon"):
+            wrong()

@@ -65,7 +65,7 @@ class _Managed(native.KbitOptimizer):
             self._seen_overrides = manager.version
             own = {p for group in self.param_groups for p in group["params"]}
             for p, config in manager.overrides():
-                if p in own:
+                if p in own and config:
                     self.override(p, **config)
         super()._run()
 
