@@ -14,7 +14,7 @@ from kbit.nn import experts
 from kbit.nn.base import QuantizedModule
 from kbit.nn.embedding import Embedding4bit, Embedding8bit
 from kbit.nn.linear import Linear4bit, Linear8bit
-from kbit.nn.select import is_conv1d, is_linear, select_experts, select_modules, tied_groups
+from kbit.nn.select import declared_tie, is_conv1d, is_linear, select_experts, select_modules, tied_groups
 from kbit.ops.quantize import check_quantizable
 
 logger = logging.getLogger("kbit")
@@ -290,12 +290,29 @@ class ModelMemory(int):
         return self.quantized, self.other, self.buffers
 
 
+def _second_copies(model: nn.Module) -> set[int]:
+    """Storages of an offloaded output head that stand for those of the embedding which it is tied to."""
+    pair = declared_tie(model)
+    if len(pair) != 2 or pair[0] is pair[1]:
+        return set()
+    table, head = (dict(module.named_parameters(recurse=False)) for module in pair)
+    return {
+        p.untyped_storage()._cdata
+        for name, p in head.items()
+        if name in table
+        and p is not table[name]
+        and p.is_meta
+        and (p.shape, p.dtype) == (table[name].shape, table[name].dtype)
+    }
+
+
 def model_memory(model: nn.Module) -> ModelMemory:
     """True bytes of a model: every storage once, however many names share it, scales included.
 
-    Returns an int (the total) with the attributes `quantized`, `other` and `buffers`. Works on the meta device.
+    Returns an int (the total) with the attributes `quantized`, `other` and `buffers`. Works on the meta device, and for
+    weights that accelerate keeps on disk or in CPU memory.
     """
-    seen: set[int] = set()
+    seen = _second_copies(model)
 
     def count(tensors: Iterable[Tensor]) -> int:
         total = 0

@@ -78,8 +78,11 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
     return weight if weight is not None and weight.is_floating_point() else None
 
 
-def _declared_tie(model: nn.Module) -> list[nn.Module]:
-    """[input embedding, output head] where a transformers config ties them, also before they share a Parameter."""
+def declared_tie(model: nn.Module) -> list[nn.Module]:
+    """[input embedding, output head] where a transformers config ties them and both are on the meta device.
+
+    There they need not share a Parameter: before they are loaded, and where accelerate has put them on disk.
+    """
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -90,7 +93,8 @@ def _declared_tie(model: nn.Module) -> list[nn.Module]:
     except (AttributeError, NotImplementedError):
         return []
     # Weights that are loaded speak for themselves: a model may have been untied since.
-    return [module for module in pair if module is not None and (w := _weight(module)) is not None and w.is_meta]
+    weights = [None if module is None else module._parameters.get("weight") for module in pair]
+    return pair if all(weight is not None and weight.is_meta for weight in weights) else []
 
 
 def tied_groups(model: nn.Module) -> list[list[nn.Module]]:
@@ -105,7 +109,7 @@ def tied_groups(model: nn.Module) -> list[list[nn.Module]]:
                 if name == "weight":
                     weights.add(key)
     groups = [group for key, group in owners.items() if len(group) > 1 and key in weights]
-    declared = _declared_tie(model)
+    declared = [module for module in declared_tie(model) if _weight(module) is not None]
     if len(declared) > 1 and not any(set(declared) <= set(group) for group in groups):
         groups.append(declared)
     return groups

@@ -13,8 +13,10 @@ from torch import Tensor
 @functools.cache
 def why_not() -> str | None:
     """None where CUDA C++ kernels can be compiled and run, else the reason in one line."""
+    if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return "no GPU that torch can use"
     if torch.version.cuda is None or not torch.cuda.is_available():
-        return "no NVIDIA GPU that torch can use"
+        return "no NVIDIA GPU; Triton serves"
     devices = range(torch.cuda.device_count())
     if not any(torch.cuda.get_device_capability(device) == (9, 0) for device in devices):
         return "no Hopper GPU (compute capability 9.0); Triton serves"

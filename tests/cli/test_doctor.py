@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 
+import pytest
 import torch
 
 import kbit
@@ -32,6 +33,28 @@ def test_json(kbit_cli) -> None:  # type: ignore[no-untyped-def]
     assert any(b["active"] for b in data["backends"]) and all(b["reason"] for b in data["backends"])
     if not torch.cuda.is_available():
         assert data["no_gpu"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "reason"),
+    [
+        (None, "13.0", "no GPU that torch can use"),
+        (None, None, "no GPU that torch can use"),
+        ("cuda", None, "no NVIDIA GPU; Triton serves"),  # AMD, which torch calls cuda too
+        ("xpu", None, "no NVIDIA GPU; Triton serves"),
+        ("cuda", "13.0", "no Hopper GPU (compute capability 9.0); Triton serves"),
+    ],
+)
+def test_why_cuda_kernels_do_not_serve(monkeypatch, gpu, cuda, reason) -> None:  # type: ignore[no-untyped-def]
+    """Triton serves only where there is a GPU for it."""
+    from kbit.ops import cuda as backend
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu == "cuda")
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: gpu == "xpu")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert backend.why_not.__wrapped__() == reason
 
 
 def test_a_missing_package_is_named_with_its_remedy(kbit_cli, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ from tests.integrations import tiny_models as tiny
 from tests.integrations.dropin.harness import llama, run_file, save_llama
 
 accelerate = pytest.importorskip("accelerate", reason="the hf extra is not installed")
-pytest.importorskip("transformers", reason="the hf extra is not installed")
+tf = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 pytestmark = pytest.mark.transformers
 CONFIGS = {"nf4": {"bits": 4}, "fp4-plain": {"bits": 4, "format": "fp4", "double_quant": False}, "int8": {"bits": 8}}
@@ -113,6 +113,27 @@ def test_device_maps_are_made_from_stored_sizes(name: str) -> None:
     # And with room for one layer less, one layer goes.
     found = accelerate.infer_auto_device_map(m, {"cpu": total - 1}, **whole)
     assert "disk" in found.values() and "cpu" in found.values()
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_tied_table_on_disk_counts_once(embeddings: bool, tmp_path: Path) -> None:
+    """accelerate puts a placeholder of its own under each name after a forward pass."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tied = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=200, tie_word_embeddings=True, **sizes)).bfloat16()
+    m = kbit.quantize_model(tied, kbit.KbitConfig(bits=4, quantize_embeddings=embeddings))
+    before = kbit.model_memory(m)
+    accelerate.disk_offload(m, str(tmp_path), execution_device=torch.device("cpu"))
+    m(torch.arange(8)[None])
+    assert m.lm_head.weight is not m.model.embed_tokens.weight and m.lm_head.weight.is_meta
+    after = kbit.model_memory(m)
+    assert (after.quantized, after.other, after.buffers) == (before.quantized, before.other, before.buffers)
+    untied = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=200, tie_word_embeddings=False, **sizes)).bfloat16()
+    kbit.quantize_model(untied, kbit.KbitConfig(bits=4, quantize_embeddings=embeddings))
+    table = untied.lm_head.weight.nbytes
+    assert int(kbit.model_memory(untied)) >= int(before) + table
+    size = kbit.model_memory(untied)
+    accelerate.disk_offload(untied, str(tmp_path / "untied"), execution_device=torch.device("cpu"))
+    assert kbit.model_memory(untied) == size
 
 
 @pytest.mark.gpu
