@@ -47,6 +47,16 @@ def quantize_weight(weight: Tensor, fmt: Format, name: str | None = None) -> dic
     return to_parts(quantize(weight, fmt, name=name))
 
 
+def _bitsandbytes_format(state_dict: Mapping[str, Any], prefix: str) -> str | None:
+    """The format that bitsandbytes' keys beside a weight name, None where there are none."""
+    if f"{prefix}SCB" in state_dict:
+        return "int8"
+    for name in ("nf4", "fp4"):
+        if f"{prefix}weight.quant_state.bitsandbytes__{name}" in state_dict:
+            return name
+    return None
+
+
 class QuantizedModule(nn.Module):
     """A module whose weight is stored in a `Format`; the base of the quantized layers."""
 
@@ -102,7 +112,8 @@ class QuantizedModule(nn.Module):
         expected = part_shapes(self.weight_format, tuple(self.weight_shape))
         if set(parts) != set(expected):
             label = self.weight_format.label
-            raise ValueError(f"a {label} weight has the parts {sorted(expected)}, got {sorted(parts)}")
+            names = ", ".join(expected), ", ".join(sorted(parts)) or "none"
+            raise ValueError(f"a {label} weight has the parts {names[0]}; got {names[1]}")
         for name, part in parts.items():
             shape, dtype = expected[name]
             if tuple(part.shape) != shape or part.dtype != dtype:
@@ -142,6 +153,13 @@ class QuantizedModule(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         """Refuse what torch would cast or misread in silence: another dtype, or codes of another format."""
+        foreign = _bitsandbytes_format(state_dict, prefix)
+        if foreign is not None:
+            error_msgs.append(
+                f"{prefix}weight is in bitsandbytes' layout ({foreign}), this layer is {self.weight_format.label} in "
+                "kbit's own: from_pretrained(..., quantization_config=KbitConfig(...)) reads such a checkpoint"
+            )
+            return
         saved_format = local_metadata.get("kbit_format")
         if saved_format is not None and saved_format != self.weight_format.label:
             error_msgs.append(f"{prefix}weight was saved as {saved_format}, this layer is {self.weight_format.label}")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import kbit
+from kbit.checkpoint.bnb import to_tensors
 from tests.nn.helpers import LABELS, bits_of, codes_of, config, embedding, empty_linear, linear, same
 
 
@@ -93,6 +94,20 @@ def test_a_state_loads_only_into_what_wrote_it(written, read, tmp_path):
     if {written[:3], read[:3]} != {"nf4", "fp4"} or written[3:] != read[3:]:
         with pytest.raises(RuntimeError):
             target.load_state_dict(load_file(tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize("written", ["nf4", "fp4-plain", "int8"])
+@pytest.mark.parametrize("read", ["nf4", "fp4", "int8"])
+def test_the_layout_of_bitsandbytes_is_named_before_sizes_are(written, read):
+    """Its keys say the format; torch would only say that sizes differ, or with strict=False not even that."""
+    source, target = linear(written), linear(read)
+    tensors = to_tensors(source.quantized_weight(), "0")
+    state = {key.removeprefix("0."): tensor for key, tensor in tensors.items()} | {"bias": source.bias}
+    before = codes_of(target)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=rf"bitsandbytes' layout \({written[:3]}.*this layer is {read} in"):
+            target.load_state_dict(state, strict=strict)
+    assert codes_of(target) == before
 
 
 @pytest.mark.parametrize("label", LABELS)

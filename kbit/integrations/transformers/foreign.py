@@ -99,7 +99,8 @@ def _native_weight(name: str, tensors: dict[str, Tensor], shape: tuple[int, ...]
     """A weight of `shape` in `fmt` from the parts that kbit's own layers save. ValueError where they do not fit."""
     expected = part_shapes(fmt, shape)
     if set(tensors) != set(expected):
-        raise ValueError(f"{name} has the parts {sorted(tensors)}, a {fmt.label} weight has {sorted(expected)}")
+        found, wanted = ", ".join(sorted(tensors)), ", ".join(expected)
+        raise ValueError(f"{name} has the parts {found}; a {fmt.label} weight has {wanted}")
     parts = {}
     for part, (size, dtype) in expected.items():
         value = tensors[part]
