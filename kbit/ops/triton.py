@@ -76,6 +76,18 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
     return F.linear(x, w, bias)
 
 
+def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    arguments = (x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    alike = len({one is None for one in nested_absmax}) == 1
+    if _kernel("linear_4bit") is not None and x.dtype in _DTYPES and alike:
+        m, k, aligned = tokens(x), x.shape[-1], all(cuda.aligned(x, one) for one in weight)
+        path = choose.linear_4bit_group_path(m, n, k, block_size, x.element_size(), cuda.capability(x), aligned)
+        if path == "hopper":
+            biases = [None if one is None else one.contiguous() for one in bias]
+            return cuda.linear_4bit_group(*arguments[:5], biases, *arguments[6:])
+    return reference.linear_4bit_group(*arguments)
+
+
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
     kernel = _kernel("linear_4bit_grad_input")
     scales = (absmax, nested_absmax, nested_offset)
@@ -141,6 +153,7 @@ IMPLEMENTATIONS = {
     "quantize_4bit": quantize_4bit,
     "dequantize_4bit": dequantize_4bit,
     "linear_4bit": linear_4bit,
+    "linear_4bit_group": linear_4bit_group,
     "linear_4bit_grad_input": linear_4bit_grad_input,
     "quantize_int8": quantize_int8,
     "dequantize_int8": dequantize_int8,

@@ -225,3 +225,72 @@ def test_what_the_copy_engine_cannot_read_takes_another_way():
     x = torch.randn(4 * 256 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(4, 256)  # 2 bytes off a boundary
     close(ops.linear_4bit(x, *weight, None, "nf4", 64, 128), x.double() @ exact.T, torch.bfloat16)
     assert choose.linear_4bit_path(4, 128, 256, 64, 2, (9, 0), aligned=False) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name, nested, block_size", [("nf4", True, 64), ("fp4", False, 64), ("nf4", True, 256)])
+def test_weights_that_share_an_input_in_one_launch(name, nested, block_size, dtype, monkeypatch):
+    if cuda.why_not():
+        pytest.skip(cuda.why_not())
+    launches = []
+    one_launch = cuda.linear_4bit_group
+    monkeypatch.setattr(cuda, "linear_4bit_group", lambda *args: launches.append(args) or one_launch(*args))
+    call = torch.ops.kbit.linear_4bit_group
+    for n, k in [([1024, 256, 256], 2048), ([200, 64, 515, 130], 1280), ([70, 333], 256)]:
+        weights = [quantized(rows, k, name, block_size, nested) for rows in n]
+        columns = [list(column) for column in zip(*(parts for parts, _ in weights), strict=True)]
+        bias = [torch.randn(rows, device="cuda").to(dtype) if i % 2 == 0 else None for i, rows in enumerate(n)]
+        for m in (1, 2, 8, 9, 17, 33, 64, 65):
+            x = torch.randn(m, k, device="cuda").to(dtype)
+            for rows in n:
+                torch.full((m, rows), float("nan"), device="cuda", dtype=dtype)  # the outputs' memory, just freed
+            launches.clear()
+            outs = call(x, *columns, bias, name, block_size, n)
+            assert len(launches) == (m <= choose.GROUP_TOKENS)
+            for out, (_, exact), b in zip(outs, weights, bias, strict=True):
+                close(out, x.double() @ exact.T + (0 if b is None else b.double()), dtype)
+
+
+def test_a_group_captures_in_a_cuda_graph():
+    weights = [quantized(n, 1024) for n in (512, 128, 128)]
+    columns = [list(column) for column in zip(*(parts for parts, _ in weights), strict=True)]
+    x = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
+    call = torch.ops.kbit.linear_4bit_group
+    call(x, *columns, [None] * 3, "nf4", 64, [512, 128, 128])
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        outs = call(x, *columns, [None] * 3, "nf4", 64, [512, 128, 128])
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        for out, (_, exact) in zip(outs, weights, strict=True):
+            close(out, x.double() @ exact.T, torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_with_kbits_backend(mode, monkeypatch):
+    import kbit
+
+    launches = []
+    one_launch = cuda.linear_4bit_group
+    monkeypatch.setattr(cuda, "linear_4bit_group", lambda *args: launches.append(args) or one_launch(*args))
+    torch._dynamo.reset()
+    layers = torch.nn.ModuleList([torch.nn.Linear(512, n, device="cuda", dtype=torch.bfloat16) for n in (512, 64, 64)])
+    kbit.quantize_model(layers, kbit.KbitConfig(bits=4, skip_modules=[]))
+
+    def function(x):
+        x = x.relu()
+        return [layer(x).sin() for layer in layers]
+
+    compiled = torch.compile(function, fullgraph=True, mode=mode, backend=kbit.compile_backend)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(8, 512, device="cuda", dtype=torch.bfloat16)
+            for out, layer in zip(compiled(x), layers, strict=True):
+                exact = x.double().relu() @ layer.dequantize(torch.float32).double().T + layer.bias.double()
+                close(out, exact.sin(), torch.bfloat16)
+    assert launches or cuda.why_not()
+    torch._dynamo.reset()

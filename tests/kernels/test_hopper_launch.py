@@ -9,6 +9,7 @@ import torch
 
 from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import linear_4bit as hopper
+from kbit.kernels.cuda import linear_4bit_group as group
 
 
 class Driver:
@@ -115,3 +116,45 @@ def test_rows_of_experts(driver):
     assert (values["offsets"], values["experts"], values["m"], values["n"]) == (offsets.data_ptr(), e, 20, n)
     tiles = sum(-(-rows // 8) for rows in (3, 0, 7, 10, 0))
     assert grid[0] == n // 128 and tiles <= grid[1] <= 20
+
+
+def test_weights_that_share_an_input(driver, monkeypatch):
+    launches = []
+
+    def launch(config, function, pointers, extra):
+        fields = group._structures(3)[1]._fields_
+        found = {name: kind.from_address(pointer) for (name, kind), pointer in zip(fields, pointers, strict=True)}
+        weights = [{name: getattr(w, name) for name, _ in group._Weight._fields_} for w in found["weights"].weight]
+        for weight in weights:
+            weight["map_w"] = weight["map_w"].words[0]
+        sizes = [found[name].value for name in ("m", "k", "block_shift")]
+        launches.append((tuple(config._obj.grid), config._obj.stream, weights, found["map_x"].words[0], sizes))
+        launches[-1] += (list(found["outs"]),)
+        return 0
+
+    def load(device, config, name, dtype, nested, count):
+        arguments = group._structures(count)[1]
+        return compiler.Launcher(ctypes.c_void_p(1), arguments, config.threads, config.shared_bytes)
+
+    driver.cuLaunchKernelEx = type("Launch", (), {"__call__": staticmethod(launch)})()
+    monkeypatch.setattr(group, "_load", load)
+    group._plan.cache_clear(), group._describe.cache_clear()
+    assert ctypes.sizeof(group._Weight) % 64 == 0  # as the compiler lays out an array of them
+    k, n = 256, [300, 128, 64]
+    x = torch.zeros(2, 5, k, dtype=torch.bfloat16)
+    weights = [torch.zeros(rows, k // 2, dtype=torch.uint8) for rows in n]
+    absmax = [torch.zeros(rows, k // 64, dtype=torch.uint8) for rows in n]
+    nested, offset = [torch.zeros(5) for _ in n], [torch.zeros(1) for _ in n]
+    bias = [torch.zeros(300, dtype=torch.bfloat16), None, None]
+    for _ in range(2):  # the second call finds everything prepared
+        outs = group.linear_4bit_group(x, weights, absmax, nested, offset, bias, "nf4", 64, n)
+    group._plan.cache_clear(), group._describe.cache_clear()
+    grid, stream, described, map_x, sizes, addresses = launches[-1]
+    assert grid == (3 + 1 + 1, 2, 2) and stream == 77  # 128 rows and 8 tokens a tile, K split in 2
+    assert [out.shape for out in outs] == [(2, 5, rows) for rows in n]
+    assert addresses == [out.data_ptr() for out in outs]
+    assert sizes == [10, k, 6] and map_x == x.data_ptr()
+    assert [w["first_tile"] for w in described] == [0, 3, 4] and [w["n"] for w in described] == n
+    for name, tensors in {"map_w": weights, "absmax": absmax, "nested_absmax": nested, "offset": offset}.items():
+        assert [w[name] for w in described] == [t.data_ptr() for t in tensors]
+    assert [w["bias"] for w in described] == [bias[0].data_ptr(), None, None]

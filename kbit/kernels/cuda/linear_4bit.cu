@@ -12,7 +12,10 @@
 // GROUPED: W holds several experts, [E, N, K], and x's rows are sorted by expert. blockIdx.y counts tiles of NT rows through
 // all experts; `offsets` says where each expert's rows end, and rows after the last of them are nobody's: they become 0.
 //
-// Compile-time settings: FP16, GROUPED, NT (tokens a tile), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
+// WEIGHTS > 1: several weights of one K and one format multiply the same x. A row of tiles goes through all of them; each
+// has its own bias and output.
+//
+// Compile-time settings: FP16, GROUPED, WEIGHTS, NT (tokens a tile), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
 // multiprocessor), NESTED (double-quantized scales; then DYNAMIC_MAP, their 256 levels), ACC_SCALE (scales multiply the accumulator in fp32; else the weights
 // in 16 bits, for many tokens), REGISTERS (what a consumer thread takes over from the producer; 0: none), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
@@ -42,6 +45,15 @@ static_assert((NB == 1 && WK == 1) || NB == 2 || NB == 4, "stages of one block a
 static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K, which holds one while it waits for another");
 
 struct __align__(64) TensorMap { char bytes[128]; };
+struct __align__(64) Weight {  // of several that share x
+  TensorMap map_w;
+  const void* absmax;
+  const float *nested_absmax, *offset;
+  const u16* bias;
+  int n, first_tile;
+};
+struct Weights { Weight weight[WEIGHTS]; };
+struct Outs { u16* out[WEIGHTS]; };
 template <int V> struct Int { static constexpr int value = V; };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -115,15 +127,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 #if CLUSTER > 1
     __cluster_dims__(1, 1, CLUSTER)
 #endif
+#if WEIGHTS > 1
+linear_4bit(const __grid_constant__ Weights weights, const __grid_constant__ TensorMap map_x, const __grid_constant__ Outs outs, int M, int K,
+            int block_shift) {
+  int mine = 0;
+#pragma unroll
+  for (int i = 1; i < WEIGHTS; i++) mine += (int)blockIdx.x >= weights.weight[i].first_tile;
+  const Weight& weight = weights.weight[mine];
+  const TensorMap& map_w = weight.map_w;
+  const void* const __restrict__ absmax = weight.absmax;
+  const float* const __restrict__ nested_absmax = weight.nested_absmax;
+  const float* const __restrict__ offset = weight.offset;
+  const u16* const __restrict__ bias = weight.bias;
+  u16* const __restrict__ out = outs.out[mine];
+  const int N = weight.n, row0 = ((int)blockIdx.x - weight.first_tile) * ROWS;
+#else
 linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const void* __restrict__ absmax,
             const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
             u16* __restrict__ out, int M, int N, int K, int block_shift, const int* __restrict__ offsets, int experts) {
+  const int row0 = blockIdx.x * ROWS;
+#endif
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 x_base = base + STAGES * W_BYTES;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
-  const int row0 = blockIdx.x * ROWS;
   int token0 = blockIdx.y * NT, weight_row0 = row0;  // of all experts' rows
   const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
 

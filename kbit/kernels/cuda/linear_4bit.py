@@ -80,7 +80,7 @@ def wgmma_header(nt: int, fp16: bool) -> str:
 
 
 def settings(
-    config: Config, name: str, dtype: torch.dtype, nested: bool, grouped: bool = False
+    config: Config, name: str, dtype: torch.dtype, nested: bool, grouped: bool = False, weights: int = 1
 ) -> tuple[dict[str, object], dict[str, str]]:
     """(macros, headers) to compile the kernel with."""
     fp16 = dtype == torch.float16
@@ -88,6 +88,7 @@ def settings(
     macros: dict[str, object] = {
         "FP16": int(fp16),
         "GROUPED": int(grouped),
+        "WEIGHTS": weights,
         "NT": config.nt,
         "WR": config.wr,
         "WK": config.wk,
