@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import optim as kernel
 
 SOURCE = Path(kernel.__file__).with_suffix(".cu")
 HEADER = Path(__file__).with_name("cuda_on_host.h")
 FOLDER = Path(tempfile.mkdtemp(prefix="kbit-cuda-on-host-"))
 
-# Function of optim.cu, by its first line -> what it does on a host.
+# Function of the kernel, by its first line -> what it does on a host.
 REPLACED = {
     "__device__ __forceinline__ float root(": "inline float root(float x) { return sqrtf(x); }",
     "__device__ __forceinline__ float quotient(": "inline float quotient(float x, float y) { return x / y; }",
@@ -58,6 +59,8 @@ extern "C" void run(const i64* table, int rows, int blocks, const u32* lookup, c
 def translated() -> str:
     """The kernel's text for a host compiler."""
     text = SOURCE.read_text()
+    for name, header in compiler.with_headers(text, {}).items():
+        text = text.replace(f'#include "{name}"', header)
     for start, replacement in REPLACED.items():
         begin = text.index(start)
         text = text[:begin] + replacement + text[text.index("\n}\n", begin) + 2 :]

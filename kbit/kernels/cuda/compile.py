@@ -1,8 +1,9 @@
 """NVRTC and the CUDA driver through ctypes: compile a .cu source of this package once, load it, launch it.
 
 torch's CUDA builds bring both libraries, so nothing has to be installed and no CUDA toolkit is needed. A compiled
-kernel is found again by the hash of its source, settings, architecture and compiler version; it is written to a
-temporary name, then renamed, so that processes may compile at once.
+kernel is found again by the hash of its source, of every header that it includes, settings, architecture and compiler
+version; it is written to a temporary name, then renamed, so that processes may compile at once. Threads of one process
+take turns (`once`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import functools
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from kbit.kernels.cache import cache_folder
 
 FOLDER = Path(__file__).parent
+_INCLUDE = re.compile(r'^#include "([\w.]+)"', re.MULTILINE)
+_T = TypeVar("_T")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -73,6 +77,31 @@ def check(status: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: {(text.value or b'unknown error').decode()} ({status})")
 
 
+def once(function: Callable[..., _T]) -> Callable[..., _T]:
+    """The function with its results remembered; of threads that ask for one at the same time, the first makes it."""
+    remembered = functools.lru_cache(maxsize=1024)(function)
+    lock = threading.Lock()
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> _T:
+        with lock:
+            return remembered(*args)  # type: ignore[arg-type]
+
+    return wrapper
+
+
+def with_headers(source: str, given: Mapping[str, str]) -> dict[str, str]:
+    """The headers in `given`, and those of this folder that a source includes by name, directly or through others."""
+    found = dict(given)
+    texts = [source, *given.values()]
+    while texts:
+        for name in _INCLUDE.findall(texts.pop()):
+            if name not in found:
+                found[name] = (FOLDER / name).read_text()
+                texts.append(found[name])
+    return found
+
+
 def compile_cubin(
     source: str, name: str, arch: str, settings: Mapping[str, object], headers: Mapping[str, str]
 ) -> bytes:
@@ -110,8 +139,10 @@ def compile_cubin(
 
 
 def cubin(name: str, arch: str, settings: Mapping[str, object], headers: Mapping[str, str]) -> bytes:
-    """`compile_cubin` of `<name>.cu` in this folder, through the cache on disk."""
+    """`compile_cubin` of `<name>.cu` in this folder, through the cache on disk. headers: those made for these settings;
+    headers in this folder are found by themselves."""
     source = (FOLDER / f"{name}.cu").read_text()
+    headers = with_headers(source, headers)
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     identity = repr((source, sorted(settings.items()), sorted(headers.items()), arch, major.value, minor.value))

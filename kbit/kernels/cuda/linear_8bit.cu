@@ -9,11 +9,7 @@
 // Compile-time settings: FP16, NT (tokens a tile), WR, WK, STAGES, CLUSTER, CTAS (blocks a multiprocessor). wgmma.h is
 // generated for NT.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
+#include "hopper.h"
 #include "wgmma.h"
 
 constexpr int KS = 128;                            // K a stage: one 128-byte row of codes
@@ -30,52 +26,12 @@ constexpr int ACC = NT / 2;                        // accumulators a lane
 
 static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K");
 
-struct __align__(64) TensorMap { char bytes[128]; };
-template <int V> struct Int { static constexpr int value = V; };
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra WAIT_DONE;\n"
-      " bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, int y, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
-}
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
-  float4 v;
-  asm volatile(
-      "{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %4, %5;\n ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-  return v;
-}
 __device__ __forceinline__ u32 load_pair(u32 from) {  // two neighbouring codes
   u16 v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
   return v;
 }
 #if FP16
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
 // 0x6400 | (code + 128) is 1024 + 128 + code in fp16.
 __device__ __forceinline__ u32 decode_pair(u32 codes) {
   u32 d;
@@ -83,8 +39,6 @@ __device__ __forceinline__ u32 decode_pair(u32 codes) {
   return d;
 }
 #else
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
 // In bf16, 0x4300 | low seven bits is 128 + those, and 0x4300 | sign bit is 128, or 256 for a negative code, whose low
 // bits stand for 128 more than it: the difference is the code.
 __device__ __forceinline__ u32 decode_pair(u32 codes) {
@@ -123,10 +77,10 @@ linear_8bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 4 * WR);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_are_ready();
   }
   // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  wait_for_previous_kernel();
   if (thread == 128 * GROUPS)
     for (int step = 0; step < STAGES && step < steps; step++) fetch(step, step);
   __syncthreads();
@@ -197,7 +151,7 @@ linear_8bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
     }
 
     // Parts meet in shared memory, [WK][NT][PITCH] floats over the stages, once no consumer needs those.
-    asm volatile("bar.sync 1, %0;" ::"n"(128 * GROUPS) : "memory");
+    sync_some<1, 128 * GROUPS>();
 #pragma unroll
     for (int i = 0; i < ACC; i++) {
       const int token = (i >> 2) * 8 + 2 * t + (i & 1), row = local0 + (i & 2) * 4;

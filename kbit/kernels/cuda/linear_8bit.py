@@ -67,7 +67,7 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-@functools.cache
+@compiler.once
 def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
     macros = {
         "FP16": int(fp16),

@@ -121,7 +121,7 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-@functools.cache
+@compiler.once
 def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
     bn, shared = config.bn, config.shared_bytes
     macros = {"FP16": int(fp16), "BN": bn, "STAGES": config.stages, "CLUSTER": config.cluster, "SPLIT": config.split}
@@ -144,7 +144,7 @@ class _RowArguments(ctypes.Structure):
     ]
 
 
-@functools.cache
+@compiler.once
 def _load_rows(device: int, vectors: int, threads: int, fp16: bool) -> compiler.Launcher:
     macros = {"FP16": int(fp16), "VECTORS": vectors, "THREADS": threads}
     code = compiler.cubin("quantize_rows", "sm_90a", macros, {})
@@ -199,7 +199,7 @@ class _GatherArguments(ctypes.Structure):
     ]
 
 
-@functools.cache
+@compiler.once
 def _load_gather(device: int, fp16: bool) -> compiler.Launcher:
     macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "FEW": _FEW, "ROWS": _GATHER_ROWS}
     code = compiler.cubin("gather_columns", "sm_90a", macros, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import threading
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ _SCALE_CELLS = -SCALE_EXPONENT << 7
 CELLS = (0x3F80 - _SCALE_CELLS) + 1
 _AREA_BYTES = 208
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
 
 
 def encoding_cells(signed: bool) -> np.ndarray:
@@ -108,7 +106,7 @@ def macros(
     }
 
 
-@functools.lru_cache(maxsize=1024)
+@compiler.once
 def _load(device: int, settings: tuple[tuple[str, object], ...]) -> tuple[compiler.Launcher, int, int]:
     """(launcher, warps of a thread block, most thread blocks at once) on the current device."""
     values: dict[str, Any] = dict(settings)
@@ -152,8 +150,7 @@ def step(
     if blocks >= 2**31 - 2**20:
         raise ValueError(f"{blocks * 256} elements are too many for one optimizer batch; make parameter groups smaller")
     device = table.device
-    with _lock:
-        launcher, warps, most = _load(device.index, settings)
+    launcher, warps, most = _load(device.index, settings)
     grid = max(1, min(most, -(-blocks // warps)))
     tables = lookup(device)
     with launcher.lock:

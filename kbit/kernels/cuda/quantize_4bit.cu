@@ -7,10 +7,8 @@
 // Compile-time settings: KIND (0 fp32, 1 fp16, 2 bf16), LANES (threads a block of values: block size / 8), TINY, MIDPOINTS (33 floats) and
 // CODES (33 integers: the code up to the midpoint in bits 0-3, above it in bits 4-7).
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#define FP16 (KIND == 1)
+#include "hopper.h"
 
 constexpr int THREADS = 256, BINS = 33, WIDTH = 35;  // one more at either end: rounding may carry a value just past 1
 constexpr int ROUNDS = 8;                            // 8 values a thread and round
@@ -18,20 +16,6 @@ constexpr int ROUNDS = 8;                            // 8 values a thread and ro
 __constant__ u32 midpoints[BINS] = {MIDPOINTS};  // as bits
 __constant__ u32 codes[BINS] = {CODES};
 
-__device__ __forceinline__ float upper(u32 pair) {
-#if KIND == 1
-  float v; asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, h;\n}" : "=f"(v) : "r"(pair)); return v;
-#else
-  return __uint_as_float(pair & 0xffff0000u);
-#endif
-}
-__device__ __forceinline__ float lower(u32 pair) {
-#if KIND == 1
-  float v; asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l;\n}" : "=f"(v) : "r"(pair)); return v;
-#else
-  return __uint_as_float(pair << 16);
-#endif
-}
 __device__ __forceinline__ uint4 load(const uint4* p) {  // read once: it need not stay in the first cache
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
@@ -45,7 +29,7 @@ quantize_4bit(const uint4* __restrict__ x, u32* __restrict__ packed, float* __re
     const int bin = min(max((i >> 5) - 1, 0), BINS - 1);
     table[i] = make_float2(__uint_as_float(midpoints[bin]), __uint_as_float(codes[bin]));
   }
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  wait_for_previous_kernel();
   __syncthreads();
   const int lane = threadIdx.x & 31;
   const u32 mine = (u32)__cvta_generic_to_shared(table) + lane * 8;
@@ -68,7 +52,7 @@ quantize_4bit(const uint4* __restrict__ x, u32* __restrict__ packed, float* __re
       const u32 word[4] = {raw[r][0].x, raw[r][0].y, raw[r][0].z, raw[r][0].w};
 #if KIND
 #pragma unroll
-      for (int i = 0; i < 4; i++) v[2 * i] = lower(word[i]), v[2 * i + 1] = upper(word[i]);
+      for (int i = 0; i < 4; i++) v[2 * i] = low_float(word[i]), v[2 * i + 1] = high_float(word[i]);
 #else
       const u32 more[4] = {raw[r][KIND ? 0 : 1].x, raw[r][KIND ? 0 : 1].y, raw[r][KIND ? 0 : 1].z, raw[r][KIND ? 0 : 1].w};
 #pragma unroll

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import threading
 
 import torch
 from torch import Tensor
@@ -27,9 +25,6 @@ class _Arguments(ctypes.Structure):
         ("absmax", ctypes.c_void_p),
         ("octets", ctypes.c_longlong),
     ]
-
-
-_lock = threading.Lock()
 
 
 def fits(x: Tensor, block_size: int) -> bool:
@@ -56,7 +51,7 @@ def settings(name: str, dtype: torch.dtype, block_size: int) -> dict[str, object
     }
 
 
-@functools.cache
+@compiler.once
 def _load(device: int, name: str, dtype: torch.dtype, block_size: int) -> compiler.Launcher:
     code = compiler.cubin("quantize_4bit", "sm_90a", settings(name, dtype, block_size), {})
     return compiler.Launcher(compiler.load(code, "quantize_4bit", 0), _Arguments, _THREADS, 0)
@@ -71,8 +66,7 @@ def quantize_4bit(x: Tensor, name: str, block_size: int) -> tuple[Tensor, Tensor
     count = x.numel()
     packed = torch.empty(count // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(count // block_size, dtype=torch.float32, device=x.device)
-    with _lock:
-        launcher = _load(device, name, x.dtype, block_size)
+    launcher = _load(device, name, x.dtype, block_size)
     with launcher.lock:
         values = launcher.values
         values.x, values.packed, values.absmax = x.data_ptr(), packed.data_ptr(), absmax.data_ptr()

@@ -9,27 +9,17 @@
 //
 // Compile-time settings: FP16, VECTORS (16-byte pieces a thread holds), THREADS.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+#include "hopper.h"
 
-#if FP16
-constexpr u32 INFINITE = 0x7c00;
-__device__ __forceinline__ float low_half(u32 v) { float f; asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l;\n}" : "=f"(f) : "r"(v)); return f; }
-__device__ __forceinline__ float high_half(u32 v) { float f; asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, h;\n}" : "=f"(f) : "r"(v)); return f; }
-#else
-constexpr u32 INFINITE = 0x7f80;
-__device__ __forceinline__ float low_half(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float high_half(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-#endif
+constexpr u32 INFINITE = FP16 ? 0x7c00 : 0x7f80;
 
 // The lowest byte of the result is the code: adding 1.5 * 2^23 rounds to an integer, halves to even. Two roundings.
 __device__ __forceinline__ u32 code_of(float value, float inverse) {
   return __float_as_uint(__fadd_rn(__fmul_rn(value, inverse), 12582912.f));
 }
 __device__ __forceinline__ u32 four_codes(u32 a, u32 b, float inverse) {
-  const u32 low = __byte_perm(code_of(low_half(a), inverse), code_of(high_half(a), inverse), 0x0040);
-  const u32 high = __byte_perm(code_of(low_half(b), inverse), code_of(high_half(b), inverse), 0x0040);
+  const u32 low = __byte_perm(code_of(low_float(a), inverse), code_of(high_float(a), inverse), 0x0040);
+  const u32 high = __byte_perm(code_of(low_float(b), inverse), code_of(high_float(b), inverse), 0x0040);
   return __byte_perm(low, high, 0x5410);
 }
 
@@ -39,7 +29,7 @@ quantize_rows(const u16* __restrict__ x, u8* __restrict__ codes, float* __restri
   __shared__ u32 tops[THREADS / 32];
   const int thread = threadIdx.x, pieces = K / 8;
   const size_t row = blockIdx.x;
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  wait_for_previous_kernel();
   const uint4* const from = (const uint4*)(x + row * stride_x);
   uint4 raw[VECTORS];
 #pragma unroll
@@ -80,7 +70,7 @@ quantize_rows(const u16* __restrict__ x, u8* __restrict__ codes, float* __restri
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < THREADS / 32; w++) top = max(top, tops[w]);
-  const float absmax = low_half(top);
+  const float absmax = low_float(top);
   if (thread == 0) rows[row] = absmax;
   uint2* const to = (uint2*)(codes + row * K);
   if (absmax < 7.888609052210118e-31f) {
@@ -93,7 +83,7 @@ quantize_rows(const u16* __restrict__ x, u8* __restrict__ codes, float* __restri
       u32 both[2] = {0, 0};
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const float value = __fmul_rn(j & 1 ? high_half(word[j >> 1]) : low_half(word[j >> 1]), boost);
+        const float value = __fmul_rn(j & 1 ? high_float(word[j >> 1]) : low_float(word[j >> 1]), boost);
         both[j >> 2] |= (code_of(value, inverse) & 0xff) << 8 * (j & 3);
       }
       if (v * THREADS + thread < pieces) to[v * THREADS + thread] = make_uint2(both[0], both[1]);
