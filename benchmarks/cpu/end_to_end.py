@@ -29,7 +29,7 @@ import torch
 import transformers
 
 import kbit
-from benchmarks.cpu.linear4bit import cpu_name
+from benchmarks.cpu.paired import cpu_name
 from kbit.assets import demo_model
 
 LLAMA = Path(__file__).with_name("llama_gguf.py")

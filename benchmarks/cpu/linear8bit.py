@@ -68,30 +68,6 @@ def measure(n: int, k: int, name: str, tokens: list[int], seconds: float) -> lis
     return rows
 
 
-def plot(result: dict[str, Any], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = sorted({row["dtype"] for row in result["rows"]})
-    figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        rows = [row for row in result["rows"] if row["dtype"] == name]
-        for who, colour in (("kbit", "#1f6feb"), ("torch", "#57606a"), ("bitsandbytes", "#d1242f")):
-            label = f"torch {name}" if who == "torch" else f"{who} int8"
-            axis.plot([r["m"] for r in rows], [r[who]["ms"] for r in rows], "o-", ms=3, label=label, color=colour)
-            axis.fill_between([r["m"] for r in rows], *([r[who][e] for r in rows] for e in ("low", "high")), alpha=0.2)
-        shape = f"{rows[0]['n']}x{rows[0]['k']}"
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=f"int8 {shape}, {name}")
-        axis.set_xticks([r["m"] for r in rows], [str(r["m"]) for r in rows], fontsize=7)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -107,8 +83,7 @@ def main() -> None:
     title = "int8 linear layer on a CPU, milliseconds: median, 10th and 90th percentile"
     result = {"benchmark": title, **paired.environment(args.threads), "rows": rows}
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-        plot(result, str(args.out.with_suffix(".png")))
+        paired.save(result, args.out, "int8")
 
 
 if __name__ == "__main__":

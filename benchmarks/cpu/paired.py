@@ -1,9 +1,10 @@
-"""Timing on a CPU: contestants take turns, so that noise of the machine meets them alike; medians and spread."""
+"""Timing on a CPU: contestants take turns, so that noise of the machine meets them alike; medians, spread and plots."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import statistics
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kbit.kernels.cpu import library
+
+COLOURS = {"kbit": "#1f6feb", "torch": "#57606a", "bitsandbytes": "#d1242f"}
 
 
 def turns(calls: dict[str, list[Callable[[], Any]]], seconds: float, least: int = 5) -> dict[str, dict[str, float]]:
@@ -35,16 +38,49 @@ def turns(calls: dict[str, list[Callable[[], Any]]], seconds: float, least: int 
     return found
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     except OSError:
-        cpu = platform.processor()
+        return platform.processor()
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
     level = library.library().level if library.available() else "none"
     return {
-        "machine": f"{platform.machine()}, {threads} threads: {cpu}, level {level}",
+        "machine": f"{platform.machine()}, {threads} threads: {cpu_name()}, level {level}",
         "date": datetime.date.today().isoformat(),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "bitsandbytes")},
     }
+
+
+def save(result: dict[str, Any], path: Path, weight: str) -> None:
+    """The result of a layer benchmark as JSON at `path`, and its plot beside it, a panel for each dtype and shape.
+
+    Rows hold n, k, dtype, m and, by contestant, what `turns` gave. weight: "NF4", the format in kbit and bitsandbytes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    panels = sorted({(row["dtype"], row["n"], row["k"]) for row in result["rows"]})
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    for axis, (dtype, n, k) in zip(axes[0], panels, strict=True):
+        rows = [row for row in result["rows"] if (row["dtype"], row["n"], row["k"]) == (dtype, n, k)]
+        tokens = [row["m"] for row in rows]
+        for who, colour in COLOURS.items():
+            label = f"torch {dtype}" if who == "torch" else f"{who} {weight}"
+            axis.plot(tokens, [row[who]["ms"] for row in rows], "o-", ms=3, label=label, color=colour)
+            band = ([row[who][edge] for row in rows] for edge in ("low", "high"))
+            axis.fill_between(tokens, *band, alpha=0.2, color=colour)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=f"{weight} {n}x{k}, {dtype}")
+        axis.set_xticks(tokens, [str(m) for m in tokens], fontsize=7)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=110)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import kbit.optim
+from benchmarks.cpu.paired import cpu_name
 
 
 def main() -> None:
@@ -64,14 +65,6 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    except OSError:
-        return platform.processor()
 
 
 if __name__ == "__main__":

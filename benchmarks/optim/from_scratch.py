@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kbit.optim
-from benchmarks.optim.cpu_step import cpu_name
+from benchmarks.cpu.paired import cpu_name
 from kbit.assets import demo_model, heldout_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
