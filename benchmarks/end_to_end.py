@@ -55,8 +55,9 @@ TOLERANCE = 8e-3
 LOGITS = {"bf16": 0.12, "nf4": 0.12, "fp4": 0.12, "bnb-nf4": 0.12, "int8": 0.3, "bnb-int8": 0.3}
 
 
-# torch's attention kernels; "any" leaves the choice to torch.
-ATTENTION = ("any", "cudnn_attention", "efficient_attention", "math")
+# torch's attention kernels; "any" leaves the choice to torch. "packed" too, but query heads that share a key head are
+# its queries: transformers does so without compilation, and repeats the whole cache for every query head with it.
+ATTENTION = ("any", "packed", "cudnn_attention", "efficient_attention", "math")
 
 
 class Bench:
@@ -74,7 +75,7 @@ class Bench:
 
     def attention(self) -> AbstractContextManager[object]:
         name = self.args.attention.upper()
-        if name == "ANY":
+        if name in ("ANY", "PACKED"):
             return contextlib.nullcontext()
         return sdpa_kernel(getattr(SDPBackend, name))
 
@@ -82,6 +83,10 @@ class Bench:
         """torch.compile without a break; for kbit's formats with kbit's backend, unless --backend says otherwise."""
         name = "inductor" if self.args.backend == "auto" and not self.label_is_kbits else self.args.backend
         backend = "inductor" if name == "inductor" else kbit.compile_backend
+        if self.args.pdl:
+            from torch._inductor import config
+
+            config.triton.enable_pdl = True
         return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, **options)
 
     def sync(self) -> None:
@@ -206,6 +211,16 @@ def _bitsandbytes(model: nn.Module, label: str) -> None:
         setattr(model.model.get_submodule(parent), child, layer)
 
 
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """One token's attention `[batch, 1, heads, dim]`: query `[batch, heads, 1, dim]` and a cache of fewer heads."""
+    batch, heads, _one, dim = query.shape
+    packed = query.view(batch, key.shape[1], heads // key.shape[1], dim)
+    out = nn.functional.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
+    return out.reshape(batch, 1, heads, dim), None
+
+
 class LayerCache:
     """Keys and values of one layer at fixed addresses, written at `position`: what a decoder layer calls a cache."""
 
@@ -229,6 +244,11 @@ class Decoder:
     def __init__(self, bench: Bench, model: nn.Module, batch: int) -> None:
         length, device = bench.max_length, bench.device
         self.attention = bench.attention
+        if bench.args.attention == "packed":
+            from transformers import AttentionInterface
+
+            AttentionInterface.register("packed", packed_attention)
+            model.config._attn_implementation = "packed"
         self.model = model.model
         self.head = model.lm_head
         self.ids = torch.zeros((batch, 1), dtype=torch.long, device=device)
@@ -278,6 +298,7 @@ def compiled_decode(bench: Bench, label: str, model: nn.Module, batch: int) -> d
     prompt = torch.randint(0, model.config.vocab_size, (batch, bench.prompt), device=bench.device)
     expected = model(prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
     before = [layer.self_attn.layer_idx for layer in model.model.layers]
+    attention = model.config._attn_implementation
     begin = time.perf_counter()
     try:
         step = Decoder(bench, model, batch)
@@ -305,6 +326,7 @@ def compiled_decode(bench: Bench, label: str, model: nn.Module, batch: int) -> d
             bench.sync()
             times.append((time.perf_counter() - begin) / (bench.steps // 3))
     finally:
+        model.config._attn_implementation = attention
         for layer, index in zip(model.model.layers, before, strict=True):
             layer.self_attn.layer_idx = index
     seconds = statistics.median(times)
@@ -488,6 +510,7 @@ def main() -> None:
         default="auto",
         help="of torch.compile; auto: kbit's for its own formats, which multiplies layers that share an input at once",
     )
+    parser.add_argument("--pdl", action="store_true", help="Inductor's kernels start while the one before still runs")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the benchmark itself; also on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -102,10 +102,30 @@ def linear_4bit_group_path(
     """ "hopper" (one launch) or "separate" for products of `m` tokens with several 4-bit weights `[n[i], K]`.
 
     The other arguments as in `linear_4bit_path`, aligned: all of them are."""
-    if not 0 < m <= GROUP_TOKENS or not 1 < len(n) <= GROUP_WEIGHTS or min(n) == 0:
+    if not _group_fits(m, n):
         return "separate"
     paths = {linear_4bit_path(m, rows, k, block_size, dtype_bytes, capability, aligned) for rows in n}
     return "hopper" if paths == {"hopper"} else "separate"
+
+
+def linear_8bit_group_path(
+    path: str,
+    m: int,
+    n: Sequence[int],
+    k: int,
+    dtype_bytes: int,
+    capability: tuple[int, int] | None,
+    aligned: bool = True,
+) -> str:
+    """The same for int8 weights, by a path of `linear_8bit_path`: only one that leaves the activations as they are."""
+    if path != "weight_only" or not _group_fits(m, n):
+        return "separate"
+    kernels = {linear_8bit_kernel(path, m, rows, k, dtype_bytes, capability, aligned) for rows in n}
+    return "hopper" if kernels == {"hopper"} else "separate"
+
+
+def _group_fits(m: int, n: Sequence[int]) -> bool:
+    return 0 < m <= GROUP_TOKENS and 1 < len(n) <= GROUP_WEIGHTS and min(n) > 0
 
 
 def _wave_share(m: int, n: int) -> float:

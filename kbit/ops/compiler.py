@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="kbit")`: Inductor, and one product for 4-bit layers that share their input.
+"""`torch.compile(model, backend="kbit")`: Inductor, and one product for quantized layers that share their input.
 
 Not imported by kbit itself: torch finds `compile_backend` by its entry point, users as `kbit.compile_backend`.
 """
@@ -34,7 +34,7 @@ class GroupProducts(_AwareOfInference):
             else:
                 other(graph)
         if is_inference:
-            group.group_linear_4bit(graph)
+            group.group_products(graph)
 
     def uuid(self) -> Any | None:
         """What the results depend on, for Inductor's cache; None, which turns that off, if a user's pass has none."""
@@ -47,7 +47,7 @@ class GroupProducts(_AwareOfInference):
 def compile_backend(
     graph: GraphModule, inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Any:
-    """A backend of `torch.compile`: Inductor, with one product for 4-bit layers that share their input.
+    """A backend of `torch.compile`: Inductor, with one product for quantized layers that share their input.
 
     `torch.compile(model, backend="kbit", fullgraph=True)`, or `backend=kbit.compile_backend` where kbit is not
     installed but imported from a folder. mode, options: torch.compile's, as Inductor takes them; a

@@ -68,8 +68,13 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
 
 
 def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit_group")
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_group")
     return launcher.linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+
+
+def linear_8bit_group(x: Tensor, weight: list[Tensor], absmax: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_group")
+    return launcher.linear_8bit_group(x, weight, absmax, bias)
 
 
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore

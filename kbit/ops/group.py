@@ -2,11 +2,12 @@
 
 The query, key and value projections of an attention layer multiply the same `x`, as the gate and up projections of an
 MLP do. At few tokens each of these products is too small to keep a GPU busy. The pass replaces them with one
-`kbit::linear_4bit_group`; modules, parameters and state dicts stay as they are.
+`kbit::linear_4bit_group` or `kbit::linear_8bit_group`; modules, parameters and state dicts stay as they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -18,8 +19,33 @@ from kbit.ops import choose
 
 _ops = torch.ops.kbit
 _aten = torch.ops.aten
-_WEIGHT, _ABSMAX, _NESTED, _OFFSET, _BIAS = range(1, 6)  # positions in the operator's arguments; x is 0
-_CODEBOOK, _BLOCK_SIZE, _N = range(6, 9)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """An operator of one product and the one of several: their arguments are in one order, x first."""
+
+    group: Any
+    per_weight: tuple[int, ...]  # positions of the arguments that become lists
+    count: int  # of arguments that a product is called with
+
+    def shared(self, arguments: tuple[Any, ...]) -> tuple[Hashable, ...]:
+        """What has to be the same in all products of a group, but for x: plain values, and which tensors are there."""
+        rest = tuple(a for i, a in enumerate(arguments) if i not in (0, *self.per_weight))
+        return (*rest, self.count == 9 and arguments[3] is None)  # double-quantized, or not
+
+    def arguments(self, members: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+        """Those of the group, from those of its members."""
+        first = members[0]
+        return tuple([m[i] for m in members] if i in self.per_weight else one for i, one in enumerate(first))
+
+
+_KINDS: dict[Any, _Kind] = {
+    # x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n
+    _ops.linear_4bit.default: _Kind(_ops.linear_4bit_group.default, (1, 2, 3, 4, 5, 8), 9),
+    # x, weight, absmax, bias, outlier_threshold, int8_activations
+    _ops.linear_8bit.default: _Kind(_ops.linear_8bit_group.default, (1, 2, 3), 6),
+}
 _EAGER = "eager_input_vals"
 # What may be repeated or moved: these read their first argument alone, and cost little.
 _CASTS = {
@@ -32,8 +58,8 @@ _CASTS = {
 }
 
 
-def group_linear_4bit(graph: Graph) -> int:
-    """Replace 4-bit products that share their input and their format by group products; returns how many these are.
+def group_products(graph: Graph) -> int:
+    """Replace products that share their input and their format by group products; returns how many these are.
 
     graph: of operators without side effects but for writes that end a stretch, as Inductor's passes after autograd see
     it: nothing moves across a write. The results' order, shapes and dtypes stay.
@@ -52,21 +78,29 @@ def group_linear_4bit(graph: Graph) -> int:
 
 
 def _candidates(graph: Graph) -> Iterator[list[Node]]:
-    """Products of one stretch between writes that share x, scale layout, codebook and block size; two and more."""
+    """Products of one stretch between writes that share x and their format; two and more."""
     found: dict[Hashable, list[Node]] = {}
     stretch = 0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if _writes(node):
+        kind = _KINDS.get(node.target)
+        if kind is not None:
+            arguments = _arguments(node)
+            if len(arguments) == kind.count and not node.kwargs and _few_tokens(node):
+                key = (stretch, node.target, _value(arguments[0]), kind.shared(arguments))
+                found.setdefault(key, []).append(node)
+        elif _writes(node):
             stretch += 1
-        elif node.target is _ops.linear_4bit.default and len(node.args) == 9 and _few_tokens(node):
-            x, nested = node.args[0], node.args[_NESTED] is None
-            key = (stretch, _value(x), nested, node.args[_CODEBOOK], node.args[_BLOCK_SIZE])
-            found.setdefault(key, []).append(node)
     for members in found.values():
         if len(members) > 1:
             yield members
+
+
+def _arguments(node: Node, given: Any = None) -> tuple[Any, ...]:
+    """Positional arguments, or those `given` for a node; graphs leave out a last one that is its default, None."""
+    arguments = tuple(node.args if given is None else given)
+    return (*arguments, None) if len(arguments) == 5 and node.target is _ops.linear_8bit.default else arguments
 
 
 def _writes(node: Node) -> bool:
@@ -108,7 +142,7 @@ def _hoist(member: Node, first: Node, position: dict[Node, float]) -> bool:
         moved.append(node)
         return True
 
-    needed = [argument for argument in member.args[_WEIGHT:] if isinstance(argument, Node)]
+    needed = [argument for argument in member.args[1:] if isinstance(argument, Node)]
     if not all(movable(node) for node in needed):
         return False
     for node in moved:
@@ -120,22 +154,17 @@ def _hoist(member: Node, first: Node, position: dict[Node, float]) -> bool:
 def _replace(graph: Graph, members: list[Node]) -> None:
     """One group product at the first member's place."""
     first = members[0]
+    kind = _KINDS[first.target]
     with graph.inserting_before(first):
-        group = graph.call_function(_ops.linear_4bit_group.default, _group_arguments([m.args for m in members]))
+        group = graph.call_function(kind.group, kind.arguments([_arguments(m) for m in members]))
         results = [graph.call_function(operator.getitem, (group, at)) for at in range(len(members))]
     group.meta.update({key: first.meta[key] for key in ("stack_trace", "nn_module_stack") if key in first.meta})
     group.meta["val"] = [m.meta.get("val") for m in members]
     eager: list[Any] = [m.meta.get(_EAGER) for m in members]
     if all(eager):  # how Inductor knows the strides in which an operator wants its inputs
-        group.meta[_EAGER] = (_group_arguments([arguments for arguments, _ in eager]), {})
+        values = [_arguments(m, arguments) for m, (arguments, _) in zip(members, eager, strict=True)]
+        group.meta[_EAGER] = (kind.arguments(values), {})
     for member, result in zip(members, results, strict=True):
         result.meta.update({key: value for key, value in member.meta.items() if key != _EAGER})
         member.replace_all_uses_with(result)
         graph.erase_node(member)
-
-
-def _group_arguments(members: list[Any]) -> tuple[Any, ...]:
-    """Arguments of the group operator from those of its members."""
-    columns = [[arguments[i] for arguments in members] for i in (_WEIGHT, _ABSMAX, _NESTED, _OFFSET, _BIAS, _N)]
-    x, codebook, block_size = (members[0][i] for i in (0, _CODEBOOK, _BLOCK_SIZE))
-    return (x, *columns[:-1], codebook, block_size, columns[-1])

@@ -60,6 +60,12 @@ def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, cod
     return [product(x, *parts, codebook, block_size, rows) for *parts, rows in zip(*lists, strict=True)]
 
 
+def linear_8bit_group(x, weight, absmax, bias, outlier_threshold, int8_activations=None):
+    product = torch.ops.kbit.linear_8bit.default
+    columns = zip(weight, absmax, bias, strict=True)
+    return [product(x, *parts, outlier_threshold, int8_activations) for parts in columns]
+
+
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):
     shape = (grad.shape[-1], k)
     w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, shape, grad.dtype)
@@ -254,6 +260,7 @@ IMPLEMENTATIONS = {
     "linear_4bit_group": linear_4bit_group,
     "linear_4bit_grad_input": linear_4bit_grad_input,
     "linear_8bit": linear_8bit,
+    "linear_8bit_group": linear_8bit_group,
     "linear_8bit_grad_input": linear_8bit_grad_input,
     "experts_4bit": experts_4bit,
     "experts_4bit_grad_input": experts_4bit_grad_input,

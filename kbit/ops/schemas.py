@@ -5,7 +5,8 @@ is fp32, or the bits of fp32 as int32 (how modules hold it, so that no cast can 
 and `nested_offset` given, the uint8 codes of double quantization. The nested tensors are fp32 or their bits too.
 `codebook` is "nf4" or "fp4". A weight stands for `W [N, K]`; `x` is `[..., K]`.
 
-`linear_4bit_group` is several products that share `x`: lists with one entry a weight, and a list of results.
+`linear_4bit_group` and `linear_8bit_group` are several products that share `x`: lists with one entry a weight, and a
+list of results.
 
 Products over experts take the weights of all of them, `W [E, N, K]`, and rows `x [S, K]` that are sorted by expert:
 those of expert e end before row `offsets[e]` (int32 `[E]`, on x's device). Rows beyond the last expert's give 0.
@@ -14,6 +15,7 @@ those of expert e end before row `offsets[e]` (int32 `[E]`, on x's device). Rows
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ SCHEMAS = {
     " -> Tensor",
     "linear_8bit": "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float outlier_threshold,"
     " bool? int8_activations=None) -> Tensor",
+    "linear_8bit_group": "(Tensor x, Tensor[] weight, Tensor[] absmax, Tensor?[] bias, float outlier_threshold,"
+    " bool? int8_activations=None) -> Tensor[]",
     "linear_8bit_grad_input": "(Tensor grad, Tensor weight, Tensor absmax) -> Tensor",
     "experts_4bit": f"(Tensor x, Tensor offsets, Tensor weight, {_SCALES}, Tensor? bias, str codebook, int block_size,"
     " SymInt n) -> Tensor",
@@ -116,17 +120,27 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
     return x.new_empty((*x.shape[:-1], n))
 
 
+def _check_group(weights: Sequence[Tensor], **lists: Sequence[object]) -> None:
+    for name, given in lists.items():
+        if len(given) != len(weights):
+            raise RuntimeError(f"a group of {len(weights)} weights has {len(given)} values of {name}")
+
+
 @_fake
 def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
-    lists = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset, "bias": bias, "n": n}
-    for name, given in lists.items():
-        torch._check(
-            len(given) == len(weight),
-            lambda name=name, given=given: f"a group of {len(weight)} weights has {len(given)} values of {name}",
-        )
+    _check_group(weight, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset, bias=bias, n=n)
     for one, rows in zip(weight, n, strict=True):
         check_weight(one, rows, x.shape[-1])
     return [x.new_empty((*x.shape[:-1], rows)) for rows in n]
+
+
+@_fake
+def linear_8bit_group(x, weight, absmax, bias, outlier_threshold, int8_activations=None):
+    _check_group(weight, absmax=absmax, bias=bias)
+    for one in weight:
+        k = one.shape[-1]
+        torch._check(x.shape[-1] == k, lambda k=k: f"x has {x.shape[-1]} features, the weight {k}")
+    return [x.new_empty((*x.shape[:-1], one.shape[0])) for one in weight]
 
 
 @_fake

@@ -135,6 +135,20 @@ def linear_8bit(  # type: ignore[no-untyped-def]
     return kernel(x, weight, absmax, bias) if few else kernel(x, weight, absmax, bias, outlier_threshold)
 
 
+def linear_8bit_group(  # type: ignore[no-untyped-def]
+    x, weight, absmax, bias, outlier_threshold, int8_activations=None
+) -> list[Tensor]:
+    m, n = tokens(x), [one.shape[0] for one in weight]
+    if _kernel("linear_8bit") is not None and x.dtype in _DTYPES:
+        aligned = all(cuda.aligned(x, one) for one in weight)
+        path = choose.linear_8bit_path(x.device.type, m, int8_activations)
+        capability = cuda.capability(x)
+        if choose.linear_8bit_group_path(path, m, n, x.shape[-1], x.element_size(), capability, aligned) == "hopper":
+            biases = [None if one is None else one.to(x.dtype).contiguous() for one in bias]
+            return cuda.linear_8bit_group(x, weight, [one.contiguous() for one in absmax], biases)
+    return reference.linear_8bit_group(x, weight, absmax, bias, outlier_threshold, int8_activations)
+
+
 def linear_8bit_grad_input(grad: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
     kernel = _kernel("linear_8bit_grad_input")
     if kernel is not None and grad.dtype in _DTYPES and choose.linear_8bit_grad_path(tokens(grad)) == "triton":
@@ -158,6 +172,7 @@ IMPLEMENTATIONS = {
     "quantize_int8": quantize_int8,
     "dequantize_int8": dequantize_int8,
     "linear_8bit": linear_8bit,
+    "linear_8bit_group": linear_8bit_group,
     "linear_8bit_grad_input": linear_8bit_grad_input,
     "embedding_8bit": embedding_8bit,
     **experts.IMPLEMENTATIONS,

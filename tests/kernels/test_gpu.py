@@ -234,7 +234,7 @@ def test_weights_that_share_an_input_in_one_launch(name, nested, block_size, dty
         pytest.skip(cuda.why_not())
     launches = []
     one_launch = cuda.linear_4bit_group
-    monkeypatch.setattr(cuda, "linear_4bit_group", lambda *args: launches.append(args) or one_launch(*args))
+    monkeypatch.setattr(cuda, "linear_4bit_group", lambda *args: launches.append(1) or one_launch(*args))
     call = torch.ops.kbit.linear_4bit_group
     for n, k in [([1024, 256, 256], 2048), ([200, 64, 515, 130], 1280), ([70, 333], 256)]:
         weights = [quantized(rows, k, name, block_size, nested) for rows in n]
@@ -270,13 +270,36 @@ def test_a_group_captures_in_a_cuda_graph():
             close(out, x.double() @ exact.T, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8_weights_that_share_an_input_in_one_launch(dtype, monkeypatch):
+    if cuda.why_not():
+        pytest.skip(cuda.why_not())
+    launches = []
+    one_launch = cuda.linear_8bit_group
+    monkeypatch.setattr(cuda, "linear_8bit_group", lambda *args: launches.append(1) or one_launch(*args))
+    for n, k in [([1024, 256, 256], 2048), ([200, 64, 515, 130], 1296), ([70, 333], 256)]:
+        made = [torch.ops.kbit.quantize_int8(torch.randn(rows, k, device="cuda") * 0.05) for rows in n]
+        exact = [blocks.dequantize_int8(*one, torch.float32).double() for one in made]
+        bias = [torch.randn(rows, device="cuda").to(dtype) if i % 2 == 0 else None for i, rows in enumerate(n)]
+        for m in (1, 2, 8, 9, 17, 33, 64, 65):
+            x = torch.randn(m, k, device="cuda").to(dtype)
+            for rows in n:
+                torch.full((m, rows), float("nan"), device="cuda", dtype=dtype)
+            launches.clear()
+            columns = [list(column) for column in zip(*made, strict=True)]
+            outs = torch.ops.kbit.linear_8bit_group(x, *columns, bias, 6.0, False)
+            assert len(launches) == (m <= choose.GROUP_TOKENS)
+            for out, w, b in zip(outs, exact, bias, strict=True):
+                close(out, x.double() @ w.T + (0 if b is None else b.double()), dtype)
+
+
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_with_kbits_backend(mode, monkeypatch):
     import kbit
 
     launches = []
     one_launch = cuda.linear_4bit_group
-    monkeypatch.setattr(cuda, "linear_4bit_group", lambda *args: launches.append(args) or one_launch(*args))
+    monkeypatch.setattr(cuda, "linear_4bit_group", lambda *args: launches.append(1) or one_launch(*args))
     torch._dynamo.reset()
     layers = torch.nn.ModuleList([torch.nn.Linear(512, n, device="cuda", dtype=torch.bfloat16) for n in (512, 64, 64)])
     kbit.quantize_model(layers, kbit.KbitConfig(bits=4, skip_modules=[]))

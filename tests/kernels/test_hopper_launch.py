@@ -9,7 +9,7 @@ import torch
 
 from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import linear_4bit as hopper
-from kbit.kernels.cuda import linear_4bit_group as group
+from kbit.kernels.cuda import linear_group as group
 
 
 class Driver:
@@ -137,8 +137,8 @@ def test_weights_that_share_an_input(driver, monkeypatch):
         return compiler.Launcher(ctypes.c_void_p(1), arguments, config.threads, config.shared_bytes)
 
     driver.cuLaunchKernelEx = type("Launch", (), {"__call__": staticmethod(launch)})()
-    monkeypatch.setattr(group, "_load", load)
-    group._plan.cache_clear(), group._describe.cache_clear()
+    monkeypatch.setattr(group, "_load_4bit", load)
+    group._plan_4bit.cache_clear(), group._describe.cache_clear()
     assert ctypes.sizeof(group._Weight) % 64 == 0  # as the compiler lays out an array of them
     k, n = 256, [300, 128, 64]
     x = torch.zeros(2, 5, k, dtype=torch.bfloat16)
@@ -148,7 +148,7 @@ def test_weights_that_share_an_input(driver, monkeypatch):
     bias = [torch.zeros(300, dtype=torch.bfloat16), None, None]
     for _ in range(2):  # the second call finds everything prepared
         outs = group.linear_4bit_group(x, weights, absmax, nested, offset, bias, "nf4", 64, n)
-    group._plan.cache_clear(), group._describe.cache_clear()
+    group._plan_4bit.cache_clear(), group._describe.cache_clear()
     grid, stream, described, map_x, sizes, addresses = launches[-1]
     assert grid == (3 + 1 + 1, 2, 2) and stream == 77  # 128 rows and 8 tokens a tile, K split in 2
     assert [out.shape for out in outs] == [(2, 5, rows) for rows in n]

@@ -12,10 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import kbit
 from kbit import ops
 from kbit.ops import choose
-from kbit.ops.group import group_linear_4bit
-from tests.ops.helpers import close, weight_4bit
+from kbit.ops.group import group_products
+from tests.ops.helpers import close, weight_4bit, weight_8bit
 
 PRODUCT, GROUP = torch.ops.kbit.linear_4bit.default, torch.ops.kbit.linear_4bit_group.default
+PRODUCT_8BIT, GROUP_8BIT = torch.ops.kbit.linear_8bit.default, torch.ops.kbit.linear_8bit_group.default
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,6 +38,19 @@ def test_a_group_equals_its_products(label, dtype):
             assert torch.equal(out, PRODUCT(x, *parts, bias, label[:3], 64, w.shape[0]))
             expected = x.double() @ w.to(dtype).double().T + (0 if bias is None else bias.double())
             close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_int8_group_equals_its_products(dtype):
+    weights = [weight_8bit(n, 128) for n in (96, 32, 7)]
+    columns = [list(column) for column in zip(*(parts for parts, _ in weights), strict=True)]
+    biases = [torch.randn(96).to(dtype), None, None]
+    for shape in ((1, 128), (128,), (2, 3, 128), (64, 128), (0, 128)):
+        x = torch.randn(shape).to(dtype)
+        for asked in (None, True, False):
+            outs = GROUP_8BIT(x, *columns, biases, 2.5, asked)
+            for out, (parts, _), bias in zip(outs, weights, biases, strict=True):
+                assert torch.equal(out, PRODUCT_8BIT(x, *parts, bias, 2.5, asked))
 
 
 def test_lists_of_unlike_lengths_are_an_error():
@@ -67,6 +81,14 @@ def test_choice_of_one_launch():
         (1, [64] * 5, 4096, 2, (9, 0), True),
     ]:
         assert path(m, n, k, 64, size, capability, aligned) == "separate"
+    assert choose.linear_8bit_group_path("weight_only", 64, [4096, 1024], 4096, 2, (9, 0)) == "hopper"
+    for way, m, k, capability in [
+        ("llm_int8", 8, 4096, (9, 0)),
+        ("weight_only", 65, 4096, (9, 0)),
+        ("weight_only", 8, 4090, (9, 0)),
+        ("weight_only", 8, 4096, (8, 0)),
+    ]:
+        assert choose.linear_8bit_group_path(way, m, [4096, 1024], k, 2, capability) == "separate"
 
 
 # ---- the pass, on graphs ----
@@ -80,7 +102,7 @@ def linear(x, weight, label="nf4", bias=None):
 def changed(function, *inputs):
     """(graph module after the pass, group products, products left alone); values must stay."""
     module = make_fx(function)(*inputs)
-    count = group_linear_4bit(module.graph)
+    count = group_products(module.graph)
     module.graph.lint()
     module.recompile()
     targets = [node.target for node in module.graph.nodes]
@@ -120,6 +142,24 @@ def test_other_inputs_and_formats_stay_apart():
         return linear(x, nf4), linear(y, nf4), linear(x, fp4, "fp4"), linear(x, plain)
 
     assert changed(function, torch.randn(3, 64), torch.randn(3, 64))[1:] == (0, 4)
+
+
+def test_int8_products_become_one_unless_they_were_asked_to_multiply_otherwise():
+    a, b, c, d = (weight_8bit(n, 64)[0] for n in (8, 16, 8, 8))
+    bias = torch.randn(16)
+
+    def function(x):
+        same = ops.linear_8bit(x, *a, None, 6.0), ops.linear_8bit(x, *b, bias, 6.0)
+        return *same, ops.linear_8bit(x, *c, None, 5.0), ops.linear_8bit(x, *d, None, 6.0, True)
+
+    module = make_fx(function)(torch.randn(3, 64))
+    assert group_products(module.graph) == 1
+    module.recompile()
+    groups = [node for node in module.graph.nodes if node.target is GROUP_8BIT]
+    assert len(groups) == 1 and len(groups[0].args[1]) == 2
+    x = torch.randn(3, 64)
+    for out, expected in zip(module(x), function(x), strict=True):
+        assert torch.equal(out, expected)
 
 
 def test_many_tokens_stay_apart():
@@ -176,10 +216,11 @@ class Recorder:
 
     def __call__(self, graph):
         targets = [node.target for node in graph.nodes]
-        self.graphs.append((targets.count(GROUP), targets.count(PRODUCT)))
+        both = targets.count(GROUP) + targets.count(GROUP_8BIT), targets.count(PRODUCT) + targets.count(PRODUCT_8BIT)
+        self.graphs.append(both)
 
 
-def mlp():
+def mlp(bits=4):
     class Mlp(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -189,12 +230,13 @@ def mlp():
         def forward(self, x):
             return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
-    return kbit.quantize_model(torch.nn.Sequential(Mlp(), Mlp()), kbit.KbitConfig(bits=4, skip_modules=[]))
+    return kbit.quantize_model(torch.nn.Sequential(Mlp(), Mlp()), kbit.KbitConfig(bits=bits, skip_modules=[]))
 
 
 @needs_compiler
-def test_backend_groups_for_inference_and_leaves_training_alone(backend):
-    model, seen = mlp(), Recorder()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_backend_groups_for_inference_and_leaves_training_alone(backend, bits):
+    model, seen = mlp(bits), Recorder()
     keys = list(model.state_dict())
     compiled = torch.compile(model, backend=backend, fullgraph=True, options={"post_grad_custom_post_pass": seen})
     x = torch.randn(3, 64)

@@ -102,6 +102,15 @@ def test_linear_8bit(shape):
     check("linear_8bit_grad_input", torch.randn(*shape[:-1], 8), *parts)
 
 
+@pytest.mark.parametrize("shape", X_SHAPES)
+def test_linear_8bit_group(shape):
+    weights = [weight_8bit(n, 64)[0] for n in (8, 5)]
+    columns = [list(column) for column in zip(*weights, strict=True)]
+    for dtype, activations in ((torch.float32, None), (torch.bfloat16, True)):
+        biases = [None, torch.randn(5).to(dtype)]
+        check("linear_8bit_group", torch.randn(shape).to(dtype), *columns, biases, 2.0, activations)
+
+
 def test_linear_8bit_strided():
     parts, _ = weight_8bit(7, 33)
     check("linear_8bit", torch.randn(33, 20).t(), *parts, None, 6.0)

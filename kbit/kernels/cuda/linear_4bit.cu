@@ -45,15 +45,7 @@ static_assert((NB == 1 && WK == 1) || NB == 2 || NB == 4, "stages of one block a
 static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K, which holds one while it waits for another");
 
 struct __align__(64) TensorMap { char bytes[128]; };
-struct __align__(64) Weight {  // of several that share x
-  TensorMap map_w;
-  const void* absmax;
-  const float *nested_absmax, *offset;
-  const u16* bias;
-  int n, first_tile;
-};
-struct Weights { Weight weight[WEIGHTS]; };
-struct Outs { u16* out[WEIGHTS]; };
+#include "weights.h"
 template <int V> struct Int { static constexpr int value = V; };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -130,9 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 #if WEIGHTS > 1
 linear_4bit(const __grid_constant__ Weights weights, const __grid_constant__ TensorMap map_x, const __grid_constant__ Outs outs, int M, int K,
             int block_shift) {
-  int mine = 0;
-#pragma unroll
-  for (int i = 1; i < WEIGHTS; i++) mine += (int)blockIdx.x >= weights.weight[i].first_tile;
+  const int mine = weight_of(weights, blockIdx.x);
   const Weight& weight = weights.weight[mine];
   const TensorMap& map_w = weight.map_w;
   const void* const __restrict__ absmax = weight.absmax;

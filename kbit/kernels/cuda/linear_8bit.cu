@@ -6,10 +6,13 @@
 // K, and parts meet in distributed shared memory in a fixed order. A code is exact in 16 bits, so it enters the product
 // as it is, and the scale of its row is applied to the fp32 sum.
 //
-// Compile-time settings: FP16, NT (tokens a tile), WR, WK, STAGES, CLUSTER, CTAS (blocks a multiprocessor). wgmma.h is
+// WEIGHTS > 1: several weights of one K multiply the same x, as in linear_4bit.cu.
+//
+// Compile-time settings: FP16, WEIGHTS, NT (tokens a tile), WR, WK, STAGES, CLUSTER, CTAS (blocks a multiprocessor). wgmma.h is
 // generated for NT.
 
 #include "hopper.h"
+#include "weights.h"
 #include "wgmma.h"
 
 constexpr int KS = 128;                            // K a stage: one 128-byte row of codes
@@ -53,13 +56,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 #if CLUSTER > 1
     __cluster_dims__(1, 1, CLUSTER)
 #endif
+#if WEIGHTS > 1
+linear_8bit(const __grid_constant__ Weights weights, const __grid_constant__ TensorMap map_x, const __grid_constant__ Outs outs, int M, int K) {
+  const int mine = weight_of(weights, blockIdx.x);
+  const Weight& weight = weights.weight[mine];
+  const TensorMap& map_w = weight.map_w;
+  const float* const __restrict__ absmax = (const float*)weight.absmax;
+  const u16* const __restrict__ bias = weight.bias;
+  u16* const __restrict__ out = outs.out[mine];
+  const int N = weight.n, row0 = ((int)blockIdx.x - weight.first_tile) * ROWS;
+#else
 linear_8bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const float* __restrict__ absmax,
             const u16* __restrict__ bias, u16* __restrict__ out, int M, int N, int K) {
+  const int row0 = blockIdx.x * ROWS;
+#endif
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
-  const int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * NT;
+  const int token0 = blockIdx.y * NT;
   const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int all = (K + KS - 1) / KS, share = (all + CLUSTER - 1) / CLUSTER;
   const int begin = min(all, (int)rank * share), steps = min(share, all - begin);

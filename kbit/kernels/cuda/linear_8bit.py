@@ -67,10 +67,11 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-@compiler.once
-def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
-    macros = {
+def settings(config: Config, fp16: bool, weights: int = 1) -> tuple[dict[str, object], dict[str, str]]:
+    """(macros, headers) to compile the kernel with."""
+    macros: dict[str, object] = {
         "FP16": int(fp16),
+        "WEIGHTS": weights,
         "NT": config.nt,
         "WR": config.wr,
         "WK": config.wk,
@@ -78,7 +79,12 @@ def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
         "CLUSTER": config.cluster,
         "CTAS": config.ctas,
     }
-    code = compiler.cubin("linear_8bit", "sm_90a", macros, {"wgmma.h": wgmma_header(config.nt, fp16)})
+    return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
+
+
+@compiler.once
+def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
+    code = compiler.cubin("linear_8bit", "sm_90a", *settings(config, fp16))
     function = compiler.load(code, "linear_8bit", config.shared_bytes)
     return compiler.Launcher(function, _Arguments, config.threads, config.shared_bytes)
 
