@@ -44,6 +44,12 @@ def linear_8bit_path(device: str, m: int, int8_activations: bool | None = None) 
     return "weight_only" if m <= (WEIGHT_ONLY_TOKENS if device == "cpu" else GPU_WEIGHT_ONLY_TOKENS) else "llm_int8"
 
 
+def llm_int8_outliers(m: int) -> int:
+    """Outlier columns beyond which LLM.int8() of `m` tokens multiplies all columns in 16 bits, which is both faster then
+    and more accurate. Few tokens do not hide that such columns are read a row's length apart (measured on one H200)."""
+    return 64 if m < 512 else 256
+
+
 def linear_8bit_kernel(
     path: str, m: int, n: int, k: int, dtype_bytes: int, capability: tuple[int, int] | None, aligned: bool = True
 ) -> str:

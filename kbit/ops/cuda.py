@@ -48,9 +48,11 @@ def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) 
     return launcher.linear_8bit(x, weight, absmax, bias)
 
 
-def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float) -> Tensor:
+def llm_int8(
+    x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float, limit: int
+) -> Tensor:
     launcher = importlib.import_module("kbit.kernels.cuda.llm_int8")
-    return launcher.llm_int8(x, weight, absmax, bias, outlier_threshold)
+    return launcher.llm_int8(x, weight, absmax, bias, outlier_threshold, limit=limit)
 
 
 def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore

@@ -93,12 +93,15 @@ def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, outlier_threshold: float
 
     A feature column that holds a magnitude of at least `outlier_threshold` leaves the int8 product and is multiplied
     with the dequantized weight, from x as it is. The row scales of x ignore the outlier elements only. A threshold of 0
-    multiplies everything in int8.
+    multiplies everything in int8. With more than `choose.llm_int8_outliers` such columns all of them leave it (on a CPU;
+    elsewhere plain torch would have to wait for their number).
     """
     values = x.float()
     if outlier_threshold > 0:
         outlier = values.abs() >= outlier_threshold
         columns = outlier.any(dim=0)
+        if x.device.type == "cpu" and int(columns.sum()) > choose.llm_int8_outliers(x.shape[0]):
+            return _outlier_product(x, weight, absmax, torch.ones_like(columns))
         inner = values.masked_fill(outlier, 0.0)
         rows = inner.abs().amax(dim=1)
         inner = inner.masked_fill_(columns, 0.0)

@@ -132,7 +132,9 @@ def linear_8bit(  # type: ignore[no-untyped-def]
         kernel = cuda.linear_8bit if few else cuda.llm_int8
     elif found == "dequantize":
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
-    return kernel(x, weight, absmax, bias) if few else kernel(x, weight, absmax, bias, outlier_threshold)
+    if few:
+        return kernel(x, weight, absmax, bias)
+    return kernel(x, weight, absmax, bias, outlier_threshold, limit=choose.llm_int8_outliers(m))
 
 
 def linear_8bit_group(  # type: ignore[no-untyped-def]

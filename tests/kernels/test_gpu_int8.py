@@ -63,6 +63,17 @@ def test_any_number_of_outlier_columns(outliers, dtype):
         close(ops.linear_8bit(x, *weight, None, threshold), llm_int8(x, weight, None, threshold), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("m, n, k", [(65, 300, 1040), (130, 4096, 4112), (700, 517, 2816), (2100, 600, 1024)])
+def test_too_many_outlier_columns_leave_int8(m, n, k, dtype):
+    weight, exact = quantized(n, k)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    x = (torch.randn(m, k, device="cuda") * 3).to(dtype)
+    x[m // 2] = 7.0
+    for rows in (x, torch.randn(m, 2 * k, device="cuda").to(dtype)[:, :k].copy_(x)):
+        close(ops.linear_8bit(rows, *weight, bias, 6.0), x.double() @ exact.T + bias.double(), dtype)
+
+
 def test_every_hopper_setting():
     if cuda.why_not():
         pytest.skip(cuda.why_not())
@@ -84,6 +95,8 @@ def test_every_hopper_setting():
             ):
                 assert config.valid()
                 close(many.llm_int8(x, *weight, bias, 6.0, config), expected, dtype)
+                exactly = x.double() @ exact.T + bias.double()
+                close(many.llm_int8(x, *weight, bias, 6.0, config, limit=4), exactly, dtype)
         for config in (few.Config(8, 1, 2, 8, 1, 2), few.Config(16, 2, 2, 6, 2), few.Config(32, 1, 3, 6, 4)):
             assert config.valid()
             for m in (1, config.nt, config.nt + 3):

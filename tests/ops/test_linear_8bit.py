@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from kbit import ops
-from kbit.ops import choose
+from kbit.ops import choose, reference
 from kbit.ops.reference import int8_product, llm_int8
 from tests.ops.helpers import close, weight_8bit
 
@@ -243,3 +243,19 @@ def test_no_less_accurate_than_bitsandbytes(dtype, outliers):
         assert (
             ops.linear_8bit(x, *parts, None, 6.0, None if m == 4 else True).double() - exact
         ).norm() <= 1.003 * theirs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [100, 520])
+def test_too_many_outlier_columns_leave_int8(m, dtype):
+    """Up to the limit the other columns are rounded to int8; beyond it nothing is."""
+    parts, exact = weight_8bit(9, 400)
+    limit = choose.llm_int8_outliers(m)
+    x = torch.randn(m, 400).clamp(-4, 4)
+    for count in (limit, limit + 1):
+        spread = x.clone()
+        spread[m // 2, torch.randperm(400)[:count]] = 6.5
+        spread = spread.to(dtype)
+        out = reference.llm_int8(spread, parts[0], parts[1].view(torch.float32), 6.0).double()
+        error = ((out - spread.double() @ exact.double().T).norm() / out.norm()).item()
+        assert (1e-3 < error < 2e-2) if count == limit else error < 1e-5, (count, error)

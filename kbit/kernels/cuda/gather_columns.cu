@@ -1,10 +1,11 @@
 // Many outlier columns of LLM.int8(): what llm_int8.cu adds for them, side by side instead of a row's length apart.
 //
 // rest[M, CAPACITY] = x - code * scale at the marked columns, in order, and sub[N, CAPACITY] = codes of W there, both in 16
-// bits, zeros up to a multiple of 16 columns. With at most FEW columns nothing is written: the product reads those itself,
-// as it does the columns beyond CAPACITY. A block takes ROWS rows of the one or the other.
+// bits, zeros up to a multiple of 16 columns. With at most FEW columns nothing is written, since the product reads those
+// itself. With more than CAPACITY it multiplies all columns in 16 bits: then sub[N, K] = codes of W. A block takes ROWS rows
+// of x or ROWS_W of W.
 //
-// Compile-time settings: FP16, CAPACITY (columns, and threads a block), FEW, ROWS.
+// Compile-time settings: FP16, CAPACITY (columns, and threads a block), FEW, ROWS, ROWS_W.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -49,18 +50,37 @@ gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes,
     if (w < warp) place += sums[w];
     count += sums[w];
   }
-  if (count <= FEW) return;
+  const int blocks_x = (M + ROWS - 1) / ROWS;
+  const bool of_x = blockIdx.x < blocks_x;
+  const int row0 = of_x ? blockIdx.x * ROWS : (blockIdx.x - blocks_x) * ROWS_W;
+  const int height = of_x ? min(ROWS, M - row0) : min(ROWS_W, N - row0);
+  if (count <= FEW || of_x && count > CAPACITY) return;
+  if (count > CAPACITY) {
+    const uint4* const from = (const uint4*)(weight + (size_t)row0 * K);
+    uint4* const to = (uint4*)(sub + (size_t)row0 * K);
+#pragma unroll 4
+    for (int i = thread; i < height * (K / 16); i += CAPACITY) {
+      const uint4 four = __ldg(from + i);
+      const u32 word[4] = {four.x, four.y, four.z, four.w};
+      u32 v[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const u32 pair = word[j / 2] >> j % 2 * 16;
+        v[j] = to_half((float)(signed char)pair) | (u32)to_half((float)(signed char)(pair >> 8)) << 16;
+      }
+      to[2 * i] = make_uint4(v[0], v[1], v[2], v[3]);
+      to[2 * i + 1] = make_uint4(v[4], v[5], v[6], v[7]);
+    }
+    return;
+  }
   if (own)
-    for (int k = first * 16; k < min((first + share) * 16, K) && place < CAPACITY; k++)
+    for (int k = first * 16; k < min((first + share) * 16, K); k++)
       if (flags[k]) list[place++] = k;
   __syncthreads();
-  const int here = min((int)count, CAPACITY);
+  const int here = count;
   if (thread >= (here + 15) / 16 * 16) return;
   const int column = thread < here ? list[thread] : 0;
 
-  const int blocks_x = (M + ROWS - 1) / ROWS;
-  const bool of_x = blockIdx.x < blocks_x;
-  const int row0 = (of_x ? blockIdx.x : blockIdx.x - blocks_x) * ROWS, height = min(ROWS, (of_x ? M : N) - row0);
   u16* const to = (of_x ? rest : sub) + (size_t)row0 * CAPACITY + thread;
 #pragma unroll 8
   for (int r = 0; r < height; r++) {

@@ -9,8 +9,12 @@
 // Outlier columns: three more warps read x, codes and W at 16 marked columns at a time, and leave the rest
 // x - code * rows in 16 bits, and the codes of W (exact in 16 bits), in shared memory. The scaled sums are already fp32 in the
 // accumulators' registers then, and the same tensor core adds rest W^T to them: the int8 share of an outlier column is
-// taken back and the column counts as it is. All of it runs on the device, for any number of columns. Where there are more than
-// FEW of them and many tokens, gather_columns.cu has put the first CAPACITY side by side (rest, sub).
+// taken back and the column counts as it is. Where there are more than FEW of them and many tokens, gather_columns.cu has
+// put them side by side (rest, sub).
+//
+// With more than `limit` outlier columns nothing is gained by int8: then all columns are multiplied in 16 bits, through the
+// same stages, half as many columns at a time. At many tokens gather_columns.cu has written W in 16 bits (sub, map_sub); at
+// fewer the warps that else wait turn its codes into 16 bits where its tile belongs. All of it is decided on the device.
 //
 // Where tiles are fewer than multiprocessors, K is split among the SPLIT blocks of a cluster: their parts, scaled to fp32, meet in
 // distributed shared memory and are added in a fixed order; results repeat bit for bit.
@@ -33,14 +37,14 @@ constexpr int REST_OFFSET = STAGES * STAGE;        // [2 halves of OC][BM][8] in
 constexpr int SUB_OFFSET = REST_OFFSET + BM * OC * 2;  // [2][BN][8]
 constexpr int PITCH = 80;                          // bytes a row of a warp's output buffer: 32 values, padded
 constexpr int STORE_OFFSET = SUB_OFFSET + BN * OC * 2;
-constexpr int LIST = 512;                          // marked columns held at a time
-constexpr int LIST_OFFSET = STORE_OFFSET + 8 * 16 * PITCH;
-constexpr int SCALE_OFFSET = LIST_OFFSET + LIST * 2;  // for each warpgroup: scales, then biases of the tile's columns
+constexpr int LIST_OFFSET = STORE_OFFSET + 8 * 16 * PITCH;  // marked columns in order
+constexpr int SCALE_OFFSET = LIST_OFFSET + CAPACITY * 2;  // for each warpgroup: scales, then biases of the tile's columns
 constexpr int MASK_OFFSET = SCALE_OFFSET + 2 * 2 * BN * 4;
 constexpr int MASK_BYTES = 4096;                   // one bit a column: K up to 32768
 constexpr int BAR_OFFSET = MASK_OFFSET + MASK_BYTES;
 constexpr int ACC = BN / 2;                        // accumulators a lane
 constexpr float STEP = 0.007874015748031496f;      // 1 / 127
+constexpr int WIDE = BK / 2;                       // columns of a stage in 16 bits
 constexpr int PART_PITCH = BN + 8;                 // floats a row of a part, over the stages
 
 static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares weights or splits K");
@@ -104,6 +108,20 @@ __device__ __forceinline__ u32 pack(float a, float b) { u32 d; asm("cvt.rn.bf16x
 __device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
 #endif
 
+// Two codes of four to 16-bit values: SELECT puts each under an exponent at which its lowest bit counts 1, and what that adds
+// is taken back.
+template <int SELECT> __device__ __forceinline__ u32 widen(u32 four) {
+  u32 v;
+#if FP16
+  const u32 biased = __byte_perm(four ^ 0x80808080u, 0x64646464u, SELECT);  // 1024 + 128 + code
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(biased), "r"(0x64806480u));
+#else
+  const u32 both = __byte_perm(four, 0x43434343u, SELECT);  // 128 + the lower 7 bits; 128 or 256 by the sign bit
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(both & 0xff7fff7fu), "r"(both & 0xff80ff80u));
+#endif
+  return v;
+}
+
 __device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
   float4 v;
   asm volatile(
@@ -113,19 +131,23 @@ __device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
 }
 
 struct Unit { int token0, row0; };
+struct Codes { static constexpr bool wide = false; };
+struct Halves { static constexpr bool wide = true; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if CLUSTER * SPLIT > 1
     __cluster_dims__(CLUSTER * SPLIT, 1, 1)
 #endif
-llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w, const u16* __restrict__ x,
+llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w,
+         const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_sub, const u16* __restrict__ x,
          const signed char* __restrict__ codes, const signed char* __restrict__ weight, const float* __restrict__ rows,
          const float* __restrict__ absmax, const u16* __restrict__ bias, const u8* __restrict__ flags,
-         const u16* __restrict__ rest, const u16* __restrict__ sub, u16* __restrict__ out, int M, int N, int K, int stride_x, int stride_codes, int group) {
+         const u16* __restrict__ rest, const u16* __restrict__ sub, u16* __restrict__ out, int M, int N, int K, int stride_x, int stride_codes, int group, int limit) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
-  const u32 rest_full = empty + 8 * STAGES, rest_empty = rest_full + 8, counted = rest_full + 16, note = rest_full + 24;
+  const u32 widened = empty + 8 * STAGES;  // the weights of a stage are there in 16 bits
+  const u32 rest_full = widened + 8 * STAGES, rest_empty = rest_full + 8, note = rest_full + 16;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
   const u32 cluster = CLUSTER * SPLIT > 1 ? cluster_rank() : 0;
   const u32 rank = CLUSTER > 1 ? cluster : 0, split = SPLIT > 1 ? cluster : 0;
@@ -133,7 +155,8 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
   const int tiles_m = (M + BM * CLUSTER - 1) / (BM * CLUSTER), tiles_n = (N + BN - 1) / BN;  // per cluster
   const int units = tiles_m * tiles_n;
   const int all_steps = (K + BK - 1) / BK, share = (all_steps + SPLIT - 1) / SPLIT;
-  const int begin_step = min(all_steps, (int)split * share), steps = min(share, all_steps - begin_step);
+  const int begin_step = min(all_steps, (int)split * share);
+  int steps = min(share, all_steps - begin_step);
   // Tiles of tokens in groups, so that clusters at work at one time share what they read.
   auto unit_at = [&](int u) {
     Unit unit;
@@ -149,98 +172,148 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 2 * CLUSTER);
+      barrier_init(widened + 8 * s, THREADS - CONSUMERS);
     }
     barrier_init(rest_full, GATHERERS);
     barrier_init(rest_empty, 2);
-    barrier_init(counted, GATHERERS);
+    asm volatile("st.shared.u32 [%0], 0;" ::"r"(note) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
   }
   if (CLUSTER * SPLIT > 1) cluster_sync();
   else __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
 
+  auto copy_stage = [&](const Unit& unit, const TensorMap* of_x, const TensorMap* of_w, int column, int slot) {
+    const u32 bar = full + 8 * slot, to = base + slot * STAGE;
+    barrier_expect(bar, STAGE);
+    copy_tile(to, of_x, column, unit.token0, bar);
+    if (CLUSTER > 1)
+      copy_tile_to_all(to + A_BYTES + rank * (W_BYTES / CLUSTER), of_w, column, unit.row0 + rank * (BN / CLUSTER), bar);
+    else
+      copy_tile(to + A_BYTES, of_w, column, unit.row0, bar);
+  };
+  // The first stages are under way while everybody counts the outlier columns; should these be too many, nobody uses them.
+  const int early = min(STAGES, steps);
+  if (thread == CONSUMERS)
+    for (int step = 0; step < early; step++) copy_stage(unit_at(first_unit), &map_a, &map_w, (begin_step + step) * BK, step);
+  int outliers = 0;
+  if (flags) {
+    for (int i = thread; i < K / 16; i += THREADS) {
+      const uint4 f = *(const uint4*)(flags + 16 * i);
+      const u32 word[4] = {f.x, f.y, f.z, f.w};
+      u32 bits = 0;
+#pragma unroll
+      for (int j = 0; j < 4; j++)  // bytes are 0 or 1: gather their lowest bits
+        bits |= ((word[j] * 0x10204080u) >> 28) << 4 * j;
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + MASK_OFFSET + 2 * i), "h"((u16)bits) : "memory");
+      outliers += __popc(bits);
+    }
+    if (thread == 0 && K % 32) asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + MASK_OFFSET + K / 16 * 2), "h"((u16)0) : "memory");
+    if (outliers) asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(note), "r"(outliers) : "memory");
+    __syncthreads();
+    outliers = load_shared(note);
+  }
+  const bool wide = outliers > limit, convert = wide && !rest;
+  int first_column = 0;
+  if (wide) {
+    const int all = (K + WIDE - 1) / WIDE, own = (all + SPLIT - 1) / SPLIT, begin = min(all, (int)split * own);
+    steps = min(own, all - begin);
+    first_column = begin * WIDE;
+  }
+
   if (warp >= CONSUMERS / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 152;");
-    if (warp == CONSUMERS / 32) {
+    if (convert) {
+      // A quarter of a row of the tile, 16 codes, is an item; the next stage's items are loaded while this one's stage is
+      // still in use. Where they go is 128-byte swizzled, as the copy engine would have left them.
+      constexpr int HERE = THREADS - CONSUMERS, ITEMS = BN * 4 / HERE;
+      const int me = thread - CONSUMERS;
+      uint4 code[ITEMS];
+      auto load = [&](int row0, int column0) {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+          const int item = me + i * HERE, row = row0 + (item >> 2), column = column0 + (item & 3) * 16;
+          code[i] = make_uint4(0, 0, 0, 0);
+          if (row < N && column < K) code[i] = __ldg((const uint4*)(weight + (size_t)row * K + column));
+        }
+      };
+      int slot = early % STAGES, turn = early;
+      u32 phase = early == STAGES;
+      if (steps > 0) load(unit_at(first_unit).row0, first_column);
+      for (int u = first_unit; u < units; u += stride_unit) {
+        const int token0 = unit_at(u).token0, row0 = unit_at(u).row0, row0_next = unit_at(min(u + stride_unit, units - 1)).row0;
+        for (int step = 0; step < steps; step++) {
+          if (turn >= STAGES) barrier_wait(empty + 8 * slot, phase ^ 1);
+          turn++;
+          const u32 to = base + slot * STAGE + A_BYTES;
+          if (me == 0) {
+            barrier_expect(full + 8 * slot, A_BYTES);
+            copy_tile(base + slot * STAGE, &map_x, first_column + step * WIDE, token0, full + 8 * slot);
+          }
+#pragma unroll
+          for (int i = 0; i < ITEMS; i++) {
+            const int item = me + i * HERE, row = item >> 2, chunk = (item & 3) * 2;
+            const uint4 c = code[i];
+            store16(to + row * 128 + ((chunk ^ (row & 7)) << 4), widen<0x4140>(c.x), widen<0x4342>(c.x), widen<0x4140>(c.y), widen<0x4342>(c.y));
+            store16(to + row * 128 + ((chunk + 1 ^ (row & 7)) << 4), widen<0x4140>(c.z), widen<0x4342>(c.z), widen<0x4140>(c.w), widen<0x4342>(c.w));
+          }
+          const bool last = step + 1 == steps;
+          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          barrier_arrive(widened + 8 * slot);
+          load(last ? row0_next : row0, first_column + (last ? 0 : step + 1) * WIDE);
+          if (++slot == STAGES) slot = 0, phase ^= 1;
+        }
+      }
+    } else if (warp == CONSUMERS / 32) {
       if (lane == 0) {
-        int slot = 0, turn = 0;
-        u32 phase = 0;
+        int slot = early % STAGES, turn = early;
+        u32 phase = early == STAGES;
         for (int u = first_unit; u < units; u += stride_unit) {
           const Unit unit = unit_at(u);
-          for (int step = begin_step; step < begin_step + steps; step++) {
+          for (int step = !wide && u == first_unit ? early : 0; step < steps; step++) {
             if (turn >= STAGES) barrier_wait(empty + 8 * slot, phase ^ 1);
             turn++;
-            const u32 bar = full + 8 * slot, to = base + slot * STAGE;
-            barrier_expect(bar, STAGE);
-            copy_tile(to, &map_a, step * BK, unit.token0, bar);
-            if (CLUSTER > 1)
-              copy_tile_to_all(to + A_BYTES + rank * (W_BYTES / CLUSTER), &map_w, step * BK, unit.row0 + rank * (BN / CLUSTER), bar);
-            else
-              copy_tile(to + A_BYTES, &map_w, step * BK, unit.row0, bar);
+            if (wide) copy_stage(unit, &map_x, &map_sub, first_column + step * WIDE, slot);
+            else copy_stage(unit, &map_a, &map_w, (begin_step + step) * BK, slot);
             if (++slot == STAGES) slot = 0, phase ^= 1;
           }
         }
       }
-    } else if (flags && split == 0) {
+    } else if (outliers && !wide && split == 0) {
       const int me = thread - CONSUMERS - 32;
-      // One bit a column.
-      for (int i = me; i < K / 16; i += GATHERERS) {
-        const uint4 f = *(const uint4*)(flags + 16 * i);
-        const u32 word[4] = {f.x, f.y, f.z, f.w};
-        u32 bits = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++)  // bytes are 0 or 1: gather their lowest bits
-          bits |= ((word[j] * 0x10204080u) >> 28) << 4 * j;
-        asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + MASK_OFFSET + 2 * i), "h"((u16)bits) : "memory");
-      }
-      if (me == 0 && K % 32) asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + MASK_OFFSET + K / 16 * 2), "h"((u16)0) : "memory");
-      sync_some<1, GATHERERS>();
-      // Columns number LIST * window and on, in order, into the list; the count of all of them.
-      auto fill_list = [&](int window) {
+      if (me < 32) {  // the marked columns, in order
+        const int words = (K + 31) / 32;
         int total = 0;
-        if (me < 32) {
-          const int words = (K + 31) / 32;
-          for (int at = 0; at < words; at += 32) {
-            u32 bits = at + lane < words ? load_shared(base + MASK_OFFSET + 4 * (at + lane)) : 0;
-            int place = __popc(bits);
-            const int own = place;
+        for (int at = 0; at < words; at += 32) {
+          u32 bits = at + lane < words ? load_shared(base + MASK_OFFSET + 4 * (at + lane)) : 0;
+          int place = __popc(bits);
+          const int own = place;
 #pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-              const int v = __shfl_up_sync(~0u, place, d);
-              if (lane >= d) place += v;
-            }
-            const int sum = __shfl_sync(~0u, place, 31);
-            place += total - own - window * LIST;
-            while (bits) {
-              const int bit = __ffs(bits) - 1;
-              bits &= bits - 1;
-              if (place >= 0 && place < LIST)
-                asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + LIST_OFFSET + 2 * place), "h"((u16)(32 * (at + lane) + bit)) : "memory");
-              place++;
-            }
-            total += sum;
+          for (int d = 1; d < 32; d *= 2) {
+            const int v = __shfl_up_sync(~0u, place, d);
+            if (lane >= d) place += v;
           }
-          if (lane == 0) asm volatile("st.shared.u32 [%0], %1;" ::"r"(note), "r"(total) : "memory");
+          const int sum = __shfl_sync(~0u, place, 31);
+          place += total - own;
+          while (bits) {
+            const int bit = __ffs(bits) - 1;
+            bits &= bits - 1;
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + LIST_OFFSET + 2 * place), "h"((u16)(32 * (at + lane) + bit)) : "memory");
+            place++;
+          }
+          total += sum;
         }
-        sync_some<1, GATHERERS>();
-      };
-      fill_list(0);
-      const int count = load_shared(note);
-      barrier_arrive(counted);
-      int window = 0, turn = 0;
+      }
+      sync_some<1, GATHERERS>();
+      int turn = 0;
       for (int u = first_unit; u < units; u += stride_unit) {
         const Unit unit = unit_at(u);
-        for (int begin = 0; begin < count; begin += OC) {
-          if (begin / LIST != window) {
-            window = begin / LIST;
-            sync_some<1, GATHERERS>();
-            fill_list(window);
-          }
+        for (int begin = 0; begin < outliers; begin += OC) {
           if (turn) barrier_wait(rest_empty, (turn - 1) & 1);
           turn++;
-          const int here = min(OC, count - begin);
-          const u32 list = base + LIST_OFFSET + 2 * (begin % LIST);
-          if (rest && count > FEW && begin < CAPACITY) {  // they lie side by side already
+          const int here = min(OC, outliers - begin);
+          const u32 list = base + LIST_OFFSET + 2 * begin;
+          if (rest && outliers > FEW) {  // they lie side by side already
             constexpr int ITEMS = (2 * (BM + BN) + GATHERERS - 1) / GATHERERS;
             uint4 v[ITEMS];
 #pragma unroll
@@ -321,11 +394,6 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
           barrier_arrive(rest_full);
         }
-        if (window) {  // the next tile begins with the first columns again
-          window = 0;
-          sync_some<1, GATHERERS>();
-          fill_list(0);
-        }
       }
     }
   } else {
@@ -334,7 +402,17 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     const int local0 = wg * 64 + (warp & 3) * 16 + g;  // this lane's tokens: local0 and local0 + 8
     int slot = 0, turn = 0;
     u32 phase = 0;
-    int outliers = -1;
+    u32 widest = 0;  // stages in 16 bits so far
+    if (wide) {  // what was copied before that was known
+      for (; slot < early; slot++) {
+        barrier_wait(full + 8 * slot, 0);
+        if ((thread & 127) < CLUSTER) {
+          if (CLUSTER > 1) barrier_arrive_at(empty + 8 * slot, thread & 127);
+          else barrier_arrive(empty + 8 * slot);
+        }
+      }
+      if (slot == STAGES) slot = 0, phase = 1;
+    }
     for (int u = first_unit; u < units; u += stride_unit) {
       const Unit unit = unit_at(u);
       // Asked for now, needed after the products.
@@ -350,64 +428,71 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         }
       }
       int acc[ACC];
-      int before = -1;
-      for (int step = 0; step < steps; step++) {
-        barrier_wait(full + 8 * slot, phase);
-        // 128-byte swizzled, K-major: 8 rows are 1024 bytes; 32 codes further in K are 32 bytes further.
-        const u32 a = base + slot * STAGE + wg * (64 * BK), w = base + slot * STAGE + A_BYTES;
-        const u64 kind = (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-        const u64 da = kind | ((a & 0x3ffff) >> 4), dw = kind | ((w & 0x3ffff) >> 4);
-#pragma unroll
-        for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < BK / 32; i++) wgmma_s8(acc, da + 2 * i, dw + 2 * i, step > 0 || i > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (before >= 0) {
-          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-          if ((thread & 127) < CLUSTER) {
-            if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
-            else barrier_arrive(empty + 8 * before);
-          }
-        }
-        before = slot;
-        if (++slot == STAGES) slot = 0, phase ^= 1;
-      }
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-      for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-      if (before >= 0 && (thread & 127) < CLUSTER) {
-        if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
-        else barrier_arrive(empty + 8 * before);
-      }
-
-      // In place: the registers of the int32 sums become those of the fp32 ones.
-#pragma unroll
-      for (int i = 0; i < ACC; i++)
-        asm volatile("{\n .reg .f32 v;\n cvt.rn.f32.s32 v, %0;\n mul.rn.f32 v, v, %1;\n mov.b32 %0, v;\n}" : "+r"(acc[i]) : "f"(i & 2 ? scale1 : scale0));
-
-      if (flags && split == 0) {
-        if (outliers < 0) {
-          barrier_wait(counted, 0);
-          outliers = load_shared(note);
-        }
-        for (int begin_c = 0; begin_c < outliers; begin_c += OC) {
-          barrier_wait(rest_full, turn & 1);
-          turn++;
-          // No swizzle: 8 rows of 16 bytes are 128 bytes, the next 8 columns are a whole operand further.
-          const u32 a = base + REST_OFFSET + wg * 1024, w = base + SUB_OFFSET;
-          const u64 da = (u64)((a & 0x3ffff) >> 4) | (u64)(BM) << 16 | (u64)8 << 32;
-          const u64 dw = (u64)((w & 0x3ffff) >> 4) | (u64)(BN) << 16 | (u64)8 << 32;
+      // The sum over this block's stages: of codes, or of 16-bit values, whose fp32 sums lie in the same registers.
+      auto multiply = [&](auto operands) {
+        constexpr bool WIDE_OPERANDS = decltype(operands)::wide;
+        int before = -1;
+        for (int step = 0; step < steps; step++) {
+          barrier_wait(full + 8 * slot, phase);
+          if (WIDE_OPERANDS && convert) barrier_wait(widened + 8 * slot, widest++ / STAGES & 1);
+          // 128-byte swizzled, K-major: 8 rows are 1024 bytes; 32 codes, or 16 values, further in K are 32 bytes further.
+          const u32 a = base + slot * STAGE + wg * (64 * BK), w = base + slot * STAGE + A_BYTES;
+          const u64 kind = (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+          const u64 da = kind | ((a & 0x3ffff) >> 4), dw = kind | ((w & 0x3ffff) >> 4);
 #pragma unroll
           for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-          wgmma_half(acc, da, dw);
-          asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-          for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-          // The last ones are given back after the epilogue: what the next tile needs is then fetched under its products,
-          // instead of holding up the stores of this one.
-          if (begin_c + OC < outliers && (thread & 127) == 0) barrier_arrive(rest_empty);
+          for (int i = 0; i < BK / 32; i++) {
+            if constexpr (WIDE_OPERANDS) wgmma_half(acc, da + 2 * i, dw + 2 * i, step > 0 || i > 0);
+            else wgmma_s8(acc, da + 2 * i, dw + 2 * i, step > 0 || i > 0);
+          }
+          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+          if (before >= 0) {
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if ((thread & 127) < CLUSTER) {
+              if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
+              else barrier_arrive(empty + 8 * before);
+            }
+          }
+          before = slot;
+          if (++slot == STAGES) slot = 0, phase ^= 1;
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+        if (before >= 0 && (thread & 127) < CLUSTER) {
+          if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
+          else barrier_arrive(empty + 8 * before);
+        }
+      };
+      if (wide) {
+        multiply(Halves{});
+      } else {
+        multiply(Codes{});
+        // In place: the registers of the int32 sums become those of the fp32 ones.
+#pragma unroll
+        for (int i = 0; i < ACC; i++)
+          asm volatile("{\n .reg .f32 v;\n cvt.rn.f32.s32 v, %0;\n mul.rn.f32 v, v, %1;\n mov.b32 %0, v;\n}" : "+r"(acc[i]) : "f"(i & 2 ? scale1 : scale0));
+        if (split == 0) {
+          for (int begin_c = 0; begin_c < outliers; begin_c += OC) {
+            barrier_wait(rest_full, turn & 1);
+            turn++;
+            // No swizzle: 8 rows of 16 bytes are 128 bytes, the next 8 columns are a whole operand further.
+            const u32 a = base + REST_OFFSET + wg * 1024, w = base + SUB_OFFSET;
+            const u64 da = (u64)((a & 0x3ffff) >> 4) | (u64)(BM) << 16 | (u64)8 << 32;
+            const u64 dw = (u64)((w & 0x3ffff) >> 4) | (u64)(BN) << 16 | (u64)8 << 32;
+#pragma unroll
+            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            wgmma_half(acc, da, dw, 1);
+            asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+            // The last ones are given back after the epilogue: what the next tile needs is then fetched under its products,
+            // instead of holding up the stores of this one.
+            if (begin_c + OC < outliers && (thread & 127) == 0) barrier_arrive(rest_empty);
+          }
         }
       }
       if (SPLIT > 1) {  // the part goes where the stages were, once no warpgroup reads those
@@ -471,7 +556,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         }
         __syncwarp();
       }
-      if (outliers > 0 && (thread & 127) == 0) barrier_arrive(rest_empty);
+      if (outliers > 0 && !wide && (thread & 127) == 0) barrier_arrive(rest_empty);
     }
   }
   __syncwarp();

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from kbit.kernels.cuda import compile as compiler
-from kbit.kernels.cuda.linear_4bit import _UINT8, _encode_cached, _TensorMap
+from kbit.kernels.cuda.linear_4bit import _BFLOAT16, _FLOAT16, _UINT8, _encode_cached, _TensorMap
 
 _SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
 _BM, _BK = 128, 128
 _THREADS = 384
 # From GATHER_TOKENS tokens on, outlier columns are put side by side where they are more than _FEW; up to _CAPACITY.
 GATHER_TOKENS = 512
-_FEW, _CAPACITY, _GATHER_ROWS = 16, 256, 32
+_FEW, _CAPACITY, _GATHER_ROWS, _GATHER_ROWS_W = 16, 256, 32, 8
+_WIDE = _BK // 2  # columns of a stage when all of them are multiplied in 16 bits
 MAX_K = 32768  # columns that the kernel's bit mask has room for
 
 
@@ -37,7 +38,7 @@ class Config:
     def shared_bytes(self) -> int:
         stages = self.stages * (_BM + self.bn) * _BK
         outliers = (_BM + self.bn) * 16 * 2
-        return 1024 + stages + outliers + 8 * 16 * 80 + 512 * 2 + 16 * self.bn + 4096 + 16 * self.stages + 64
+        return 1024 + stages + outliers + 8 * 16 * 80 + _CAPACITY * 2 + 16 * self.bn + 4096 + 24 * self.stages + 64
 
     def valid(self) -> bool:
         """Whether the kernel compiles with these and fits a multiprocessor."""
@@ -89,9 +90,10 @@ def wgmma_header(bn: int, fp16: bool) -> str:
     "wgmma.mma_async.sync.aligned.m64n{bn}k32.s32.s8.s8 {{{sums}}}, {both}, p;\\n}}"
     : {operands} : "l"(a), "l"(b), "r"(accumulate));
 }}
-__device__ __forceinline__ void wgmma_half(int (&d)[{count}], u64 a, u64 b) {{
-  asm volatile("wgmma.mma_async.sync.aligned.m64n{bn}k16.f32.{kind}.{kind} {{{sums}}}, {both}, 1, 1, 1, 0, 0;"
-    : {operands} : "l"(a), "l"(b));
+__device__ __forceinline__ void wgmma_half(int (&d)[{count}], u64 a, u64 b, int accumulate) {{
+  asm volatile("{{\\n .reg .pred p;\\n setp.ne.b32 p, %{count + 2}, 0;\\n"
+    "wgmma.mma_async.sync.aligned.m64n{bn}k16.f32.{kind}.{kind} {{{sums}}}, {both}, p, 1, 1, 0, 0;\\n}}"
+    : {operands} : "l"(a), "l"(b), "r"(accumulate));
 }}
 """
 
@@ -102,6 +104,8 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         ("map_a", _TensorMap),
         ("map_w", _TensorMap),
+        ("map_x", _TensorMap),
+        ("map_sub", _TensorMap),
         ("x", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
@@ -118,6 +122,7 @@ class _Arguments(ctypes.Structure):
         ("stride_x", ctypes.c_int),
         ("stride_codes", ctypes.c_int),
         ("group", ctypes.c_int),
+        ("limit", ctypes.c_int),
     ]
 
 
@@ -202,6 +207,7 @@ class _GatherArguments(ctypes.Structure):
 @compiler.once
 def _load_gather(device: int, fp16: bool) -> compiler.Launcher:
     macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "FEW": _FEW, "ROWS": _GATHER_ROWS}
+    macros |= {"ROWS_W": _GATHER_ROWS_W}
     code = compiler.cubin("gather_columns", "sm_90a", macros, {})
     return compiler.Launcher(compiler.load(code, "gather_columns", 0), _GatherArguments, _CAPACITY, 0)
 
@@ -221,15 +227,22 @@ def _plan(
 
 
 def llm_int8(
-    x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, config: Config | None = None
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    config: Config | None = None,
+    limit: int = _CAPACITY,
 ) -> Tensor:
     """x: bf16 or fp16 `[..., K]`, K a multiple of 16 up to MAX_K; weight: int8 `[N, K]`; both on 16-byte boundaries;
-    absmax: fp32 (or its bits) `[N]` -> `[..., N]`, as `kbit.kernels.triton.llm_int8`."""
+    absmax: fp32 (or its bits) `[N]`; limit: outlier columns beyond which all columns are multiplied in 16 bits (256
+    from GATHER_TOKENS tokens on, and at most) -> `[..., N]`, as `kbit.kernels.triton.llm_int8`."""
     n, k = weight.shape
     device = x.device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return llm_int8(x, weight, absmax, bias, threshold, config)
+            return llm_int8(x, weight, absmax, bias, threshold, config, limit)
     inner = x.reshape(-1, k)
     m = inner.shape[0]
     if inner.stride(1) != 1 or (m > 1 and (inner.stride(0) % 8 or inner.stride(0) < k)):
@@ -237,11 +250,12 @@ def llm_int8(
     launcher, config, blocks = _plan(device, m, n, k, x.dtype == torch.float16, config)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     # One allocation: codes [M, K], flags [K], row scales [M]; K is a multiple of 16, so each starts on such a boundary.
-    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY].
+    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY], which is W in 16
+    # bits [N, K] where they are too many.
     marked = threshold > 0
     gathered = marked and m >= GATHER_TOKENS
     start = (m * k + k + 4 * m + 15) // 16 * 16
-    size = start + (m + n) * _CAPACITY * 2 if gathered else start
+    size = start + (m * _CAPACITY + n * max(_CAPACITY, k)) * 2 if gathered else start
     scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
     codes = scratch.data_ptr()
     rows = codes + m * k + k
@@ -257,18 +271,23 @@ def llm_int8(
             values.x, values.codes, values.weight = inner.data_ptr(), codes, weight.data_ptr()
             values.rows, values.flags, values.rest, values.sub = rows, flags, rest, sub
             values.m, values.n, values.k, values.stride_x = m, n, k, inner.stride(0)
-            gather.start((-(-m // _GATHER_ROWS) + -(-n // _GATHER_ROWS), 1, 1), stream)
+            gather.start((-(-m // _GATHER_ROWS) + -(-n // _GATHER_ROWS_W), 1, 1), stream)
 
     map_a = _encode_cached(codes, _UINT8, k, m, k, (_BK, _BM), 3)
     map_w = _encode_cached(weight.data_ptr(), _UINT8, k, n, k, (_BK, config.bn // config.cluster), 3)
+    kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
+    stride = inner.stride(0) if m > 1 else k
+    map_x = _encode_cached(inner.data_ptr(), kind, k, m, 2 * stride, (_WIDE, _BM), 3)
+    map_sub = _encode_cached(sub, kind, k, n, 2 * k, (_WIDE, config.bn // config.cluster), 3) if sub else map_w
     with launcher.lock:
         values = launcher.values
-        values.map_a, values.map_w = map_a, map_w
+        values.map_a, values.map_w, values.map_x, values.map_sub = map_a, map_w, map_x, map_sub
         values.x, values.codes, values.weight = inner.data_ptr(), codes, weight.data_ptr()
         values.rows, values.absmax = rows, absmax.data_ptr()
         values.bias = None if bias is None else bias.data_ptr()
         values.flags, values.rest, values.sub, values.out = flags, rest, sub, out.data_ptr()
         values.m, values.n, values.k = m, n, k
         values.stride_x, values.stride_codes, values.group = inner.stride(0), k, config.group
+        values.limit = _CAPACITY if gathered else min(limit, _CAPACITY)
         launcher.start((blocks, 1, 1), stream)
     return out

@@ -50,6 +50,7 @@ def llm_int8_kernel(
     K,
     stride_codes,
     stride_x,
+    limit,
     OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -72,8 +73,13 @@ def llm_int8_kernel(
     k = tl.arange(0, BK)
     a_at = codes + m_in[:, None] * stride_codes + k[None, :]
     w_at = weight + n_in[None, :] * K + k[:, None]
+    found = 0
+    if OUTLIERS:
+        found = tl.load(count)
     acc = tl.zeros((BM, BN), tl.int32)
-    for step in range(0, tl.cdiv(K, BK)):
+    # With too many outlier columns all of them are multiplied as they are, below.
+    steps = tl.where(found > limit, 0, tl.cdiv(K, BK))
+    for step in range(0, steps):
         if WHOLE:
             a, w = tl.load(a_at), tl.load(w_at)
         else:
@@ -85,8 +91,15 @@ def llm_int8_kernel(
     scale = tl.load(rows + m_in) * tl.full((), 0.007874015748031496, tl.float32)
     total = acc.to(tl.float32) * scale[:, None]
     if OUTLIERS:
-        found = tl.load(count)
-        for begin in range(0, found, BC):
+        wide = tl.arange(0, 2 * BC)
+        for step in range(0, tl.where(found > limit, tl.cdiv(K, 2 * BC), 0)):
+            inside = wide < K - step * 2 * BC
+            value = tl.load(
+                x + m_in[:, None] * stride_x + step * 2 * BC + wide[None, :], mask=inside[None, :], other=0.0
+            )
+            w = tl.load(weight + n_in[None, :] * K + step * 2 * BC + wide[:, None], mask=inside[:, None], other=0)
+            total = tl.dot(value, w.to(value.dtype), total, input_precision="ieee")
+        for begin in range(0, tl.where(found > limit, 0, found), BC):
             c = begin + tl.arange(0, BC)
             column = tl.load(columns + c, mask=c < found, other=0)
             here = (c < found)[None, :] & (m[:, None] < M)
@@ -118,10 +131,12 @@ def llm_int8(
     bias: Tensor | None,
     threshold: float,
     tile: tiles.Tile | None = None,
+    limit: int = MAX_K,
 ) -> Tensor:
     """x: `[..., K]` in fp32, fp16 or bf16, K at most MAX_K; weight: int8 `[N, K]`; absmax: fp32 (or its bits) `[N]`.
 
-    Returns `[..., N]` in x's dtype. threshold: magnitudes from which a column is an outlier; 0: none.
+    Returns `[..., N]` in x's dtype. threshold: magnitudes from which a column is an outlier; 0: none. limit: outlier
+    columns beyond which all columns are multiplied as they are.
     """
     n, k = weight.shape
     inner = as_rows(x)
@@ -154,6 +169,7 @@ def llm_int8(
             k,
             codes.stride(0),
             inner.stride(0),
+            limit,
             OUTLIERS=flags is not None,
             BIAS=bias is not None,
             WHOLE=k % tile.bk == 0,

@@ -12,7 +12,7 @@ from kbit.kernels.triton.linear_8bit_grad_input import linear_8bit_grad_input
 from kbit.kernels.triton.llm_int8 import llm_int8
 from kbit.kernels.triton.quantize_int8 import quantize_int8
 from kbit.kernels.triton.tiles import Tile
-from kbit.ops import reference
+from kbit.ops import choose, reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
 DTYPES = tuple(TOLERANCE)
@@ -104,6 +104,13 @@ def expected_llm_int8(x, codes, scales, threshold, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_too_many_outlier_columns_leave_int8(dtype, device):
+    codes, scales, exact = weight_of(33, 99, device)
+    x = activations("many", 40, 99).to(dtype)
+    close(llm_int8(x.to(device), codes, scales, None, 6.0, limit=20), x.double() @ exact.T, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["none", "six", "many", "all"])
 @pytest.mark.parametrize("m, n, k", [(20, 24, 128), (5, 37, 99), (40, 9, 260)])
 def test_llm_int8(m, n, k, kind, dtype, device):
@@ -111,7 +118,7 @@ def test_llm_int8(m, n, k, kind, dtype, device):
     x, bias = activations(kind, m, k).to(dtype), torch.randn(n).to(dtype)
     tile = Tile(32, 32, 64, 1, 4, 2)
     for threshold in (6.0, 0.0, 2.5) if kind == "six" else (6.0,):
-        out = llm_int8(x.to(device), codes, scales, bias.to(device), threshold, tile)
+        out = llm_int8(x.to(device), codes, scales, bias.to(device), threshold, tile, choose.llm_int8_outliers(m))
         close(out, expected_llm_int8(x, codes, scales, threshold, bias), dtype)
 
 
