@@ -93,8 +93,8 @@ def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, outlier_threshold: float
 
     A feature column that holds a magnitude of at least `outlier_threshold` leaves the int8 product and is multiplied
     with the dequantized weight, from x as it is. The row scales of x ignore the outlier elements only. A threshold of 0
-    multiplies everything in int8. With more than `choose.llm_int8_outliers` such columns all of them leave it (on a CPU;
-    elsewhere plain torch would have to wait for their number).
+    multiplies everything in int8. With more than `choose.llm_int8_outliers` such columns all of them leave it (on a
+    CPU; elsewhere plain torch would have to wait for their number).
     """
     values = x.float()
     if outlier_threshold > 0:

@@ -52,14 +52,8 @@ def serves(batch: Batch) -> bool:
 
 
 def prefers(batch: Batch) -> bool:
-    """Whether it should: the kinds of batches, and the kind of GPU, that were compared with the plain rules so far."""
-    return (
-        serves(batch)
-        and torch.cuda.get_device_capability(batch.items[0].p.device) == (9, 0)
-        and batch.rule.algorithm != rules.ADAGRAD
-        and not (batch.config["skip_zeros"] or batch.stochastic or batch.kahan)
-        and torch.float16 not in (batch.items[0].p.dtype, batch.items[0].g.dtype)
-    )
+    """Whether it should: on the kind of GPU where tests/optim/triton_checks.py compared it with the plain rules."""
+    return serves(batch) and torch.cuda.get_device_capability(batch.items[0].p.device) == (9, 0)
 
 
 class Plan:

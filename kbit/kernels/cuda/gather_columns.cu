@@ -1,23 +1,12 @@
 // Many outlier columns of LLM.int8(): what llm_int8.cu adds for them, side by side instead of a row's length apart.
 //
 // rest[M, CAPACITY] = x - code * scale at the marked columns, in order, and sub[N, CAPACITY] = codes of W there, both in 16
-// bits, zeros up to a multiple of 16 columns. With at most FEW columns nothing is written, since the product reads those
-// itself. With more than CAPACITY it multiplies all columns in 16 bits: then sub[N, K] = codes of W. A block takes ROWS rows
-// of x or ROWS_W of W.
+// bits, zeros up to a multiple of 16 columns. With more than CAPACITY of them the product multiplies all columns in 16 bits:
+// then sub[N, K] = codes of W. A block takes ROWS rows of x or ROWS_W of W.
 //
-// Compile-time settings: FP16, CAPACITY (columns, and threads a block), FEW, ROWS, ROWS_W.
+// Compile-time settings: FP16, CAPACITY (columns, and threads a block), ROWS, ROWS_W.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-#if FP16
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
-#else
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
-#endif
+#include "hopper.h"
 
 extern "C" __global__ void __launch_bounds__(CAPACITY)
 gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes, const signed char* __restrict__ weight,
@@ -26,7 +15,7 @@ gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes,
   __shared__ u32 sums[CAPACITY / 32];
   __shared__ int list[CAPACITY];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  wait_for_previous_kernel();
 
   // A thread looks at neighbouring pieces of 16 flags, so that the list is in the order of the columns.
   const int pieces = K / 16, share = (pieces + CAPACITY - 1) / CAPACITY, first = thread * share;
@@ -54,22 +43,15 @@ gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes,
   const bool of_x = blockIdx.x < blocks_x;
   const int row0 = of_x ? blockIdx.x * ROWS : (blockIdx.x - blocks_x) * ROWS_W;
   const int height = of_x ? min(ROWS, M - row0) : min(ROWS_W, N - row0);
-  if (count <= FEW || of_x && count > CAPACITY) return;
+  if (count == 0 || of_x && count > CAPACITY) return;
   if (count > CAPACITY) {
     const uint4* const from = (const uint4*)(weight + (size_t)row0 * K);
     uint4* const to = (uint4*)(sub + (size_t)row0 * K);
-#pragma unroll 4
+#pragma unroll 8
     for (int i = thread; i < height * (K / 16); i += CAPACITY) {
-      const uint4 four = __ldg(from + i);
-      const u32 word[4] = {four.x, four.y, four.z, four.w};
-      u32 v[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const u32 pair = word[j / 2] >> j % 2 * 16;
-        v[j] = to_half((float)(signed char)pair) | (u32)to_half((float)(signed char)(pair >> 8)) << 16;
-      }
-      to[2 * i] = make_uint4(v[0], v[1], v[2], v[3]);
-      to[2 * i + 1] = make_uint4(v[4], v[5], v[6], v[7]);
+      const uint4 c = __ldg(from + i);
+      to[2 * i] = make_uint4(widen_codes<0x4140>(c.x), widen_codes<0x4342>(c.x), widen_codes<0x4140>(c.y), widen_codes<0x4342>(c.y));
+      to[2 * i + 1] = make_uint4(widen_codes<0x4140>(c.z), widen_codes<0x4342>(c.z), widen_codes<0x4140>(c.w), widen_codes<0x4342>(c.w));
     }
     return;
   }
@@ -77,15 +59,16 @@ gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes,
     for (int k = first * 16; k < min((first + share) * 16, K); k++)
       if (flags[k]) list[place++] = k;
   __syncthreads();
-  const int here = count;
-  if (thread >= (here + 15) / 16 * 16) return;
-  const int column = thread < here ? list[thread] : 0;
-
-  u16* const to = (of_x ? rest : sub) + (size_t)row0 * CAPACITY + thread;
-#pragma unroll 8
-  for (int r = 0; r < height; r++) {
+  // A thread has one column, of every `step`th row.
+  const int width = (count + 15) / 16 * 16, step = CAPACITY / width, at = thread % width, begin = thread / width;
+  if (begin >= step) return;
+  const bool real = at < count;
+  const int column = real ? list[at] : 0;
+  u16* const to = (of_x ? rest : sub) + (size_t)row0 * CAPACITY + at;
+#pragma unroll 4
+  for (int r = begin; r < height; r += step) {
     float value = 0.f;
-    if (thread < here) {
+    if (real) {
       if (of_x) {
         const size_t m = row0 + r;
         const float scale = rows[m] * 0.007874015748031496f;

@@ -113,4 +113,18 @@ __device__ __forceinline__ u32 to_halves(float low, float high) { u32 d; asm("cv
 __device__ __forceinline__ float low_float(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_float(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 #endif
+
+// Two of four int8 codes as 16-bit values (0x4140: the lower two; 0x4342: the upper): SELECT puts each under an exponent at which
+// its lowest bit counts 1, and what that adds is taken back.
+template <int SELECT> __device__ __forceinline__ u32 widen_codes(u32 four) {
+  u32 v;
+#if FP16
+  const u32 biased = __byte_perm(four ^ 0x80808080u, 0x64646464u, SELECT);  // 1024 + 128 + code
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(biased), "r"(0x64806480u));
+#else
+  const u32 both = __byte_perm(four, 0x43434343u, SELECT);  // 128 + the lower 7 bits; 128 or 256 by the sign bit
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(both & 0xff7fff7fu), "r"(both & 0xff80ff80u));
+#endif
+  return v;
+}
 #endif

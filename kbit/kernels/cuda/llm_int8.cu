@@ -9,8 +9,8 @@
 // Outlier columns: three more warps read x, codes and W at 16 marked columns at a time, and leave the rest
 // x - code * rows in 16 bits, and the codes of W (exact in 16 bits), in shared memory. The scaled sums are already fp32 in the
 // accumulators' registers then, and the same tensor core adds rest W^T to them: the int8 share of an outlier column is
-// taken back and the column counts as it is. Where there are more than FEW of them and many tokens, gather_columns.cu has
-// put them side by side (rest, sub).
+// taken back and the column counts as it is. At many tokens gather_columns.cu has put these columns side by side (rest,
+// sub).
 //
 // With more than `limit` outlier columns nothing is gained by int8: then all columns are multiplied in 16 bits, through the
 // same stages, half as many columns at a time. At many tokens gather_columns.cu has written W in 16 bits (sub, map_sub); at
@@ -19,14 +19,10 @@
 // Where tiles are fewer than multiprocessors, K is split among the SPLIT blocks of a cluster: their parts, scaled to fp32, meet in
 // distributed shared memory and are added in a fixed order; results repeat bit for bit.
 //
-// Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER, SPLIT (1 where CLUSTER is 2), FEW and
+// Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER, SPLIT (1 where CLUSTER is 2) and
 // CAPACITY. wgmma.h is generated for BN.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
+#include "hopper.h"
 #include "wgmma.h"
 
 constexpr int BM = 128, BK = 128;
@@ -49,86 +45,6 @@ constexpr int PART_PITCH = BN + 8;                 // floats a row of a part, ov
 
 static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares weights or splits K");
 static_assert(SPLIT == 1 || BM * PART_PITCH * 4 <= STAGES * STAGE, "a part fits where the stages were");
-
-struct __align__(64) TensorMap { char bytes[128]; };
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {  // the barrier of a block of the cluster
-  asm volatile("{\n .reg .b32 a;\n mapa.shared::cluster.u32 a, %0, %1;\n mbarrier.arrive.shared::cluster.b64 _, [a];\n}"
-               ::"r"(bar), "r"(rank) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      " @p bra WAIT_DONE;\n bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, int y, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
-}
-__device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap* map, int x, int y, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-template <int ID, int COUNT> __device__ __forceinline__ void sync_some() {
-  asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory");
-}
-__device__ __forceinline__ void store16(u32 to, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-__device__ __forceinline__ u32 load_shared(u32 from) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
-  return v;
-}
-#if FP16
-__device__ __forceinline__ u32 pack(float a, float b) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a)); return d; }
-__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
-#else
-__device__ __forceinline__ u32 pack(float a, float b) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a)); return d; }
-__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
-#endif
-
-// Two codes of four to 16-bit values: SELECT puts each under an exponent at which its lowest bit counts 1, and what that adds
-// is taken back.
-template <int SELECT> __device__ __forceinline__ u32 widen(u32 four) {
-  u32 v;
-#if FP16
-  const u32 biased = __byte_perm(four ^ 0x80808080u, 0x64646464u, SELECT);  // 1024 + 128 + code
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(biased), "r"(0x64806480u));
-#else
-  const u32 both = __byte_perm(four, 0x43434343u, SELECT);  // 128 + the lower 7 bits; 128 or 256 by the sign bit
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(both & 0xff7fff7fu), "r"(both & 0xff80ff80u));
-#endif
-  return v;
-}
-
-__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
-  float4 v;
-  asm volatile(
-      "{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %4, %5;\n ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-  return v;
-}
 
 struct Unit { int token0, row0; };
 struct Codes { static constexpr bool wide = false; };
@@ -177,18 +93,18 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     barrier_init(rest_full, GATHERERS);
     barrier_init(rest_empty, 2);
     asm volatile("st.shared.u32 [%0], 0;" ::"r"(note) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_are_ready();
   }
   if (CLUSTER * SPLIT > 1) cluster_sync();
   else __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  wait_for_previous_kernel();
 
   auto copy_stage = [&](const Unit& unit, const TensorMap* of_x, const TensorMap* of_w, int column, int slot) {
     const u32 bar = full + 8 * slot, to = base + slot * STAGE;
     barrier_expect(bar, STAGE);
     copy_tile(to, of_x, column, unit.token0, bar);
     if (CLUSTER > 1)
-      copy_tile_to_all(to + A_BYTES + rank * (W_BYTES / CLUSTER), of_w, column, unit.row0 + rank * (BN / CLUSTER), bar);
+      copy_tile_to<CLUSTER>(to + A_BYTES + rank * (W_BYTES / CLUSTER), of_w, column, unit.row0 + rank * (BN / CLUSTER), bar);
     else
       copy_tile(to + A_BYTES, of_w, column, unit.row0, bar);
   };
@@ -254,8 +170,8 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
           for (int i = 0; i < ITEMS; i++) {
             const int item = me + i * HERE, row = item >> 2, chunk = (item & 3) * 2;
             const uint4 c = code[i];
-            store16(to + row * 128 + ((chunk ^ (row & 7)) << 4), widen<0x4140>(c.x), widen<0x4342>(c.x), widen<0x4140>(c.y), widen<0x4342>(c.y));
-            store16(to + row * 128 + ((chunk + 1 ^ (row & 7)) << 4), widen<0x4140>(c.z), widen<0x4342>(c.z), widen<0x4140>(c.w), widen<0x4342>(c.w));
+            store16(to + row * 128 + ((chunk ^ (row & 7)) << 4), widen_codes<0x4140>(c.x), widen_codes<0x4342>(c.x), widen_codes<0x4140>(c.y), widen_codes<0x4342>(c.y));
+            store16(to + row * 128 + ((chunk + 1 ^ (row & 7)) << 4), widen_codes<0x4140>(c.z), widen_codes<0x4342>(c.z), widen_codes<0x4140>(c.w), widen_codes<0x4342>(c.w));
           }
           const bool last = step + 1 == steps;
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -313,7 +229,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
           turn++;
           const int here = min(OC, outliers - begin);
           const u32 list = base + LIST_OFFSET + 2 * begin;
-          if (rest && outliers > FEW) {  // they lie side by side already
+          if (rest) {  // they lie side by side already
             constexpr int ITEMS = (2 * (BM + BN) + GATHERERS - 1) / GATHERERS;
             uint4 v[ITEMS];
 #pragma unroll
@@ -358,7 +274,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
                 const int row = me + i * GATHERERS;
                 u32 v[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) v[j] = pack((float)code[i][2 * j], (float)code[i][2 * j + 1]);
+                for (int j = 0; j < 4; j++) v[j] = to_halves((float)code[i][2 * j], (float)code[i][2 * j + 1]);
                 if (row < BN) store16(base + SUB_OFFSET + (half * BN + row) * 16, v[0], v[1], v[2], v[3]);
               }
               u16 raw[OF_X][8];
@@ -386,8 +302,8 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
                 for (int j = 0; j < 8; j++)
                   value[j] = j < wanted ? __fsub_rn(from_half(raw[i][j]), __fmul_rn((float)own[i][j], scale[i])) : 0.f;
                 if (row < BM)
-                  store16(base + REST_OFFSET + (half * BM + row) * 16, pack(value[0], value[1]), pack(value[2], value[3]),
-                          pack(value[4], value[5]), pack(value[6], value[7]));
+                  store16(base + REST_OFFSET + (half * BM + row) * 16, to_halves(value[0], value[1]), to_halves(value[2], value[3]),
+                          to_halves(value[4], value[5]), to_halves(value[6], value[7]));
               }
             }
           }
@@ -530,8 +446,8 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
           float c0, c1, b0, b1;
           asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(c0), "=f"(c1) : "r"(at));
           asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1) : "r"(at + BN * 4));
-          const u32 low = pack(__fadd_rn(__int_as_float(acc[i]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 1]) * c1, b1));
-          const u32 high = pack(__fadd_rn(__int_as_float(acc[i + 2]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 3]) * c1, b1));
+          const u32 low = to_halves(__fadd_rn(__int_as_float(acc[i]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 1]) * c1, b1));
+          const u32 high = to_halves(__fadd_rn(__int_as_float(acc[i + 2]) * c0, b0), __fadd_rn(__int_as_float(acc[i + 3]) * c1, b1));
           asm volatile("st.shared.u32 [%0], %1;" ::"r"(buffer + g * PITCH + b * 16 + t * 4), "r"(low) : "memory");
           asm volatile("st.shared.u32 [%0], %1;" ::"r"(buffer + (g + 8) * PITCH + b * 16 + t * 4), "r"(high) : "memory");
         }
@@ -579,7 +495,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         const int at = min(n + i, N - 1);
         sum[i] = __fadd_rn(sum[i] * (absmax[at] * STEP), bias ? from_half(bias[at]) : 0.f);
       }
-      const u32 low = pack(sum[0], sum[1]), high = pack(sum[2], sum[3]);
+      const u32 low = to_halves(sum[0], sum[1]), high = to_halves(sum[2], sum[3]);
       u16* const to = out + (size_t)m * N + n;
       if ((N & 3) == 0) {
         *(uint2*)to = make_uint2(low, high);

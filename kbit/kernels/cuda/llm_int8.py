@@ -16,9 +16,9 @@ from kbit.kernels.cuda.linear_4bit import _BFLOAT16, _FLOAT16, _UINT8, _encode_c
 _SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
 _BM, _BK = 128, 128
 _THREADS = 384
-# From GATHER_TOKENS tokens on, outlier columns are put side by side where they are more than _FEW; up to _CAPACITY.
+# From GATHER_TOKENS tokens on, up to _CAPACITY outlier columns are put side by side.
 GATHER_TOKENS = 512
-_FEW, _CAPACITY, _GATHER_ROWS, _GATHER_ROWS_W = 16, 256, 32, 8
+_CAPACITY, _GATHER_ROWS, _GATHER_ROWS_W = 256, 32, 8
 _WIDE = _BK // 2  # columns of a stage when all of them are multiplied in 16 bits
 MAX_K = 32768  # columns that the kernel's bit mask has room for
 
@@ -130,7 +130,7 @@ class _Arguments(ctypes.Structure):
 def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
     bn, shared = config.bn, config.shared_bytes
     macros = {"FP16": int(fp16), "BN": bn, "STAGES": config.stages, "CLUSTER": config.cluster, "SPLIT": config.split}
-    macros |= {"FEW": _FEW, "CAPACITY": _CAPACITY}
+    macros |= {"CAPACITY": _CAPACITY}
     code = compiler.cubin("llm_int8", "sm_90a", macros, {"wgmma.h": wgmma_header(bn, fp16)})
     return compiler.Launcher(compiler.load(code, "llm_int8", shared), _Arguments, _THREADS, shared)
 
@@ -206,8 +206,7 @@ class _GatherArguments(ctypes.Structure):
 
 @compiler.once
 def _load_gather(device: int, fp16: bool) -> compiler.Launcher:
-    macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "FEW": _FEW, "ROWS": _GATHER_ROWS}
-    macros |= {"ROWS_W": _GATHER_ROWS_W}
+    macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "ROWS": _GATHER_ROWS, "ROWS_W": _GATHER_ROWS_W}
     code = compiler.cubin("gather_columns", "sm_90a", macros, {})
     return compiler.Launcher(compiler.load(code, "gather_columns", 0), _GatherArguments, _CAPACITY, 0)
 
@@ -250,8 +249,8 @@ def llm_int8(
     launcher, config, blocks = _plan(device, m, n, k, x.dtype == torch.float16, config)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     # One allocation: codes [M, K], flags [K], row scales [M]; K is a multiple of 16, so each starts on such a boundary.
-    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY], which is W in 16
-    # bits [N, K] where they are too many.
+    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY], which is
+    # W in 16 bits [N, K] where they are too many.
     marked = threshold > 0
     gathered = marked and m >= GATHER_TOKENS
     start = (m * k + k + 4 * m + 15) // 16 * 16
