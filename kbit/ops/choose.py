@@ -45,7 +45,7 @@ def linear_8bit_path(device: str, m: int, int8_activations: bool | None = None) 
 
 
 def llm_int8_outliers(m: int) -> int:
-    """Outlier columns beyond which LLM.int8() of `m` tokens multiplies all columns in 16 bits, which then is both faster
+    """Outlier columns beyond which LLM.int8() of `m` tokens has all columns in 16 bits, which then is both faster
     and more accurate. Few tokens do not hide that such columns are read a row's length apart (measured on one H200)."""
     return 64 if m < 512 else 256
 

@@ -2,16 +2,16 @@
 //
 // rest[M, CAPACITY] = x - code * scale at the marked columns, in order, and sub[N, CAPACITY] = codes of W there, both in 16
 // bits, zeros up to a multiple of 16 columns. With more than CAPACITY of them the product multiplies all columns in 16 bits:
-// then sub[N, K] = codes of W. A block takes ROWS rows of x or ROWS_W of W.
+// then sub[N, K] = codes of W. A block takes ROWS rows of x or rows_w of W.
 //
-// Compile-time settings: FP16, CAPACITY (columns, and threads a block), ROWS, ROWS_W.
+// Compile-time settings: FP16, CAPACITY (columns, and threads a block), ROWS.
 
 #include "hopper.h"
 
 extern "C" __global__ void __launch_bounds__(CAPACITY)
 gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes, const signed char* __restrict__ weight,
                const float* __restrict__ rows, const u8* __restrict__ flags, u16* __restrict__ rest, u16* __restrict__ sub,
-               int M, int N, int K, int stride_x) {
+               int M, int N, int K, int stride_x, int rows_w) {
   __shared__ u32 sums[CAPACITY / 32];
   __shared__ int list[CAPACITY];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -41,23 +41,26 @@ gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes,
   }
   const int blocks_x = (M + ROWS - 1) / ROWS;
   const bool of_x = blockIdx.x < blocks_x;
-  const int row0 = of_x ? blockIdx.x * ROWS : (blockIdx.x - blocks_x) * ROWS_W;
-  const int height = of_x ? min(ROWS, M - row0) : min(ROWS_W, N - row0);
+  const int row0 = of_x ? blockIdx.x * ROWS : (blockIdx.x - blocks_x) * rows_w;
+  const int height = of_x ? min(ROWS, M - row0) : min(rows_w, N - row0);
   if (count == 0 || of_x && count > CAPACITY) return;
   if (count > CAPACITY) {
-    const uint4* const from = (const uint4*)(weight + (size_t)row0 * K);
+    const uint2* const from = (const uint2*)(weight + (size_t)row0 * K);
     uint4* const to = (uint4*)(sub + (size_t)row0 * K);
 #pragma unroll 8
-    for (int i = thread; i < height * (K / 16); i += CAPACITY) {
-      const uint4 c = __ldg(from + i);
-      to[2 * i] = make_uint4(widen_codes<0x4140>(c.x), widen_codes<0x4342>(c.x), widen_codes<0x4140>(c.y), widen_codes<0x4342>(c.y));
-      to[2 * i + 1] = make_uint4(widen_codes<0x4140>(c.z), widen_codes<0x4342>(c.z), widen_codes<0x4140>(c.w), widen_codes<0x4342>(c.w));
+    for (int i = thread; i < height * (K / 8); i += CAPACITY) {
+      const uint2 c = __ldg(from + i);
+      to[i] = make_uint4(widen_codes<0x4140>(c.x), widen_codes<0x4342>(c.x), widen_codes<0x4140>(c.y), widen_codes<0x4342>(c.y));
     }
     return;
   }
-  if (own)
-    for (int k = first * 16; k < min((first + share) * 16, K); k++)
-      if (flags[k]) list[place++] = k;
+  for (int i = first; own && i < min(first + share, pieces); i++) {
+    const uint4 f = ((const uint4*)flags)[i];
+    const u32 word[4] = {f.x, f.y, f.z, f.w};
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+      if (word[j / 4] >> j % 4 * 8 & 1) list[place++] = i * 16 + j;
+  }
   __syncthreads();
   // A thread has one column, of every `step`th row.
   const int width = (count + 15) / 16 * 16, step = CAPACITY / width, at = thread % width, begin = thread / width;

@@ -18,7 +18,7 @@ _BM, _BK = 128, 128
 _THREADS = 384
 # From GATHER_TOKENS tokens on, up to _CAPACITY outlier columns are put side by side.
 GATHER_TOKENS = 512
-_CAPACITY, _GATHER_ROWS, _GATHER_ROWS_W = 256, 32, 8
+_CAPACITY, _GATHER_ROWS = 256, 32
 _WIDE = _BK // 2  # columns of a stage when all of them are multiplied in 16 bits
 MAX_K = 32768  # columns that the kernel's bit mask has room for
 
@@ -200,13 +200,13 @@ class _GatherArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "codes", "weight", "rows", "flags", "rest", "sub")),
-        *((name, ctypes.c_int) for name in ("m", "n", "k", "stride_x")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "stride_x", "rows_w")),
     ]
 
 
 @compiler.once
 def _load_gather(device: int, fp16: bool) -> compiler.Launcher:
-    macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "ROWS": _GATHER_ROWS, "ROWS_W": _GATHER_ROWS_W}
+    macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "ROWS": _GATHER_ROWS}
     code = compiler.cubin("gather_columns", "sm_90a", macros, {})
     return compiler.Launcher(compiler.load(code, "gather_columns", 0), _GatherArguments, _CAPACITY, 0)
 
@@ -270,7 +270,8 @@ def llm_int8(
             values.x, values.codes, values.weight = inner.data_ptr(), codes, weight.data_ptr()
             values.rows, values.flags, values.rest, values.sub = rows, flags, rest, sub
             values.m, values.n, values.k, values.stride_x = m, n, k, inner.stride(0)
-            gather.start((-(-m // _GATHER_ROWS) + -(-n // _GATHER_ROWS_W), 1, 1), stream)
+            values.rows_w = rows_w = min(32, max(2, n // 512))  # blocks enough to fill the GPU, and few of them idle
+            gather.start((-(-m // _GATHER_ROWS) + -(-n // rows_w), 1, 1), stream)
 
     map_a = _encode_cached(codes, _UINT8, k, m, k, (_BK, _BM), 3)
     map_w = _encode_cached(weight.data_ptr(), _UINT8, k, n, k, (_BK, config.bn // config.cluster), 3)
