@@ -35,7 +35,9 @@ __all__ = [
 ]
 
 
-_linear_4bit = torch.ops.kbit.linear_4bit.default  # looked up once: an eager call at few tokens is bound by the CPU
+# Looked up once: an eager call at few tokens is bound by the CPU.
+_linear_4bit = torch.ops.kbit.linear_4bit.default
+_linear_8bit = torch.ops.kbit.linear_8bit.default
 
 
 def _prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
@@ -88,7 +90,7 @@ def linear_8bit(
     The result has x's dtype. Differentiable in x (through the dequantized weight) and bias.
     """
     x, bias, grad = _prepare(x, bias)
-    call = Linear8bitFunction.apply if grad else torch.ops.kbit.linear_8bit
+    call = Linear8bitFunction.apply if grad else _linear_8bit
     return call(x, weight, absmax, bias, outlier_threshold, int8_activations)
 
 

@@ -43,16 +43,19 @@ def aligned(x: Tensor, weight: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
 
 
+@functools.cache
+def _launcher(name: str) -> Any:
+    return getattr(importlib.import_module(f"kbit.kernels.cuda.{name}"), name)
+
+
 def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_8bit")
-    return launcher.linear_8bit(x, weight, absmax, bias)
+    return _launcher("linear_8bit")(x, weight, absmax, bias)
 
 
 def llm_int8(
     x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float, limit: int
 ) -> Tensor:
-    launcher = importlib.import_module("kbit.kernels.cuda.llm_int8")
-    return launcher.llm_int8(x, weight, absmax, bias, outlier_threshold, limit=limit)
+    return _launcher("llm_int8")(x, weight, absmax, bias, outlier_threshold, limit=limit)
 
 
 def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from typing import Any
+import struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +127,10 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+_POINTERS_AND_SIZES = struct.Struct("10P7i")  # _Arguments from x on
+_FIRST_POINTER: int = _Arguments.x.offset
+
+
 @compiler.once
 def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
     bn, shared = config.bn, config.shared_bytes
@@ -147,6 +152,9 @@ class _RowArguments(ctypes.Structure):
         ("stride_x", ctypes.c_int),
         ("limit", ctypes.c_uint),
     ]
+
+
+_OF_ROWS = struct.Struct("4PiiI")  # _RowArguments
 
 
 @compiler.once
@@ -187,11 +195,10 @@ def quantize_rows(x: Tensor, codes: int, rows: int, flags: int | None, threshold
     launcher = _row_launcher(x.device.index, m, k, x.dtype == torch.float16)
     if flags is not None:
         compiler.check(_memset()(flags, 0, k, stream), "clearing the flags of outlier columns")
+    bits = 0xFFFF if flags is None else outlier_limit(threshold, x.dtype)
+    stride = x.stride(0) if m > 1 else k
     with launcher.lock:
-        values = launcher.values
-        values.x, values.codes, values.rows, values.flags = x.data_ptr(), codes, rows, flags
-        values.k, values.stride_x = k, x.stride(0) if m > 1 else k
-        values.limit = 0xFFFF if flags is None else outlier_limit(threshold, x.dtype)
+        _OF_ROWS.pack_into(launcher.memory, 0, x.data_ptr(), codes, rows, flags or 0, k, stride, bits)
         launcher.start((m, 1, 1), stream)
 
 
@@ -204,6 +211,9 @@ class _GatherArguments(ctypes.Structure):
     ]
 
 
+_OF_GATHER = struct.Struct("7P5i")  # _GatherArguments
+
+
 @compiler.once
 def _load_gather(device: int, fp16: bool) -> compiler.Launcher:
     macros = {"FP16": int(fp16), "CAPACITY": _CAPACITY, "ROWS": _GATHER_ROWS}
@@ -211,18 +221,48 @@ def _load_gather(device: int, fp16: bool) -> compiler.Launcher:
     return compiler.Launcher(compiler.load(code, "gather_columns", 0), _GatherArguments, _CAPACITY, 0)
 
 
+class _Plan(NamedTuple):
+    """All of a product that its shape decides."""
+
+    launcher: compiler.Launcher
+    grid: tuple[int, int, int]
+    box_w: tuple[int, int]  # of W's codes; one byte a code
+    box_sub: tuple[int, int]  # of W in 16 bits
+    group: int
+    gather: compiler.Launcher | None  # where outlier columns are put side by side
+    gather_grid: tuple[int, int, int]
+    rows_w: int
+    start: int  # bytes of codes, flags and scales in the scratch memory
+    size: int  # all of it
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    device: int, m: int, n: int, k: int, fp16: bool, config: Config | None
-) -> tuple[compiler.Launcher, Config, int]:
-    """(kernel, its settings, how many blocks to launch)"""
+def _plan(device: int, m: int, n: int, k: int, fp16: bool, marked: bool, config: Config | None) -> _Plan:
     processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
     config = config or choose_config(m, n, k, processors)
     # Blocks walk over tiles, but for those that split K: these have one each.
     blocks = config.tiles(m, n) * config.split
     if config.split == 1:
         blocks = min(processors // config.cluster * config.cluster, blocks)
-    return _load(device, config, fp16), config, blocks
+    share = config.bn // config.cluster
+    # One allocation: codes [M, K], flags [K], row scales [M]; K is a multiple of 16, so each starts on such a boundary.
+    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY], which is
+    # W in 16 bits [N, K] where they are too many.
+    gathered = marked and m >= GATHER_TOKENS
+    rows_w = min(32, max(2, n // 512))  # blocks enough to fill the GPU, and few of them idle
+    start = (m * k + k + 4 * m + 15) // 16 * 16
+    return _Plan(
+        launcher=_load(device, config, fp16),
+        grid=(blocks, 1, 1),
+        box_w=(_BK, share),
+        box_sub=(_WIDE, share),
+        group=config.group,
+        gather=_load_gather(device, fp16) if gathered else None,
+        gather_grid=(-(-m // _GATHER_ROWS) + -(-n // rows_w), 1, 1),
+        rows_w=rows_w,
+        start=start,
+        size=start + (m * _CAPACITY + n * max(_CAPACITY, k)) * 2 if gathered else start,
+    )
 
 
 def llm_int8(
@@ -237,57 +277,47 @@ def llm_int8(
     """x: bf16 or fp16 `[..., K]`, K a multiple of 16 up to MAX_K; weight: int8 `[N, K]`; both on 16-byte boundaries;
     absmax: fp32 (or its bits) `[N]`; limit: outlier columns beyond which all columns are multiplied in 16 bits (256
     from GATHER_TOKENS tokens on, and at most) -> `[..., N]`, as `kbit.kernels.triton.llm_int8`."""
+    # Every microsecond here is one of an eager call, as in linear_4bit.py.
     n, k = weight.shape
-    device = x.device.index
-    if device != torch.cuda.current_device():
+    device, dtype = x.get_device(), x.dtype
+    if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return llm_int8(x, weight, absmax, bias, threshold, config, limit)
-    inner = x.reshape(-1, k)
+    inner = x if x.dim() == 2 else x.reshape(-1, k)
     m = inner.shape[0]
-    if inner.stride(1) != 1 or (m > 1 and (inner.stride(0) % 8 or inner.stride(0) < k)):
-        inner = inner.contiguous()
-    launcher, config, blocks = _plan(device, m, n, k, x.dtype == torch.float16, config)
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    # One allocation: codes [M, K], flags [K], row scales [M]; K is a multiple of 16, so each starts on such a boundary.
-    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY], which is
-    # W in 16 bits [N, K] where they are too many.
-    marked = threshold > 0
-    gathered = marked and m >= GATHER_TOKENS
-    start = (m * k + k + 4 * m + 15) // 16 * 16
-    size = start + (m * _CAPACITY + n * max(_CAPACITY, k)) * 2 if gathered else start
-    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-    codes = scratch.data_ptr()
+    stride, step = inner.stride()
+    if m == 1:
+        stride = k
+    if step != 1 or stride % 8 or stride < k:
+        inner, stride = inner.contiguous(), k
+    fp16, marked = dtype == torch.float16, threshold > 0
+    plan = _plan(device, m, n, k, fp16, marked, config)
+    launcher, gather = plan.launcher, plan.gather
+    out = x.new_empty((*x.shape[:-1], n))
+    scratch = torch.empty(plan.size, dtype=torch.uint8, device=x.device)
+    codes, of_x, of_w = scratch.data_ptr(), inner.data_ptr(), weight.data_ptr()
     rows = codes + m * k + k
-    flags = codes + m * k if marked else None
-    rest = codes + start if gathered else None
-    sub = codes + start + m * _CAPACITY * 2 if gathered else None
-    stream = torch.cuda.current_stream(device).cuda_stream
-    quantize_rows(inner, codes, rows, flags, threshold, stream)
-    if gathered:
-        gather = _load_gather(device, x.dtype == torch.float16)
-        with gather.lock:
-            values = gather.values
-            values.x, values.codes, values.weight = inner.data_ptr(), codes, weight.data_ptr()
-            values.rows, values.flags, values.rest, values.sub = rows, flags, rest, sub
-            values.m, values.n, values.k, values.stride_x = m, n, k, inner.stride(0)
-            values.rows_w = rows_w = min(32, max(2, n // 512))  # blocks enough to fill the GPU, and few of them idle
-            gather.start((-(-m // _GATHER_ROWS) + -(-n // rows_w), 1, 1), stream)
-
+    flags = codes + m * k if marked else 0
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    quantize_rows(inner, codes, rows, flags or None, threshold, stream)
     map_a = _encode_cached(codes, _UINT8, k, m, k, (_BK, _BM), 3)
-    map_w = _encode_cached(weight.data_ptr(), _UINT8, k, n, k, (_BK, config.bn // config.cluster), 3)
-    kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
-    stride = inner.stride(0) if m > 1 else k
-    map_x = _encode_cached(inner.data_ptr(), kind, k, m, 2 * stride, (_WIDE, _BM), 3)
-    map_sub = _encode_cached(sub, kind, k, n, 2 * k, (_WIDE, config.bn // config.cluster), 3) if sub else map_w
+    map_w = _encode_cached(of_w, _UINT8, k, n, k, plan.box_w, 3)
+    kind = _FLOAT16 if fp16 else _BFLOAT16
+    map_x = _encode_cached(of_x, kind, k, m, 2 * stride, (_WIDE, _BM), 3)
+    rest, sub, map_sub = 0, 0, map_w
+    if gather is not None:
+        rest, sub, limit = codes + plan.start, codes + plan.start + m * _CAPACITY * 2, _CAPACITY
+        map_sub = _encode_cached(sub, kind, k, n, 2 * k, plan.box_sub, 3)
+        gathered = (of_x, codes, of_w, rows, flags, rest, sub, m, n, k, stride, plan.rows_w)
+        with gather.lock:
+            _OF_GATHER.pack_into(gather.memory, 0, *gathered)
+            gather.start(plan.gather_grid, stream)
+    pointers = (0 if bias is None else bias.data_ptr(), flags, rest, sub, out.data_ptr())
+    sizes = (m, n, k, stride, k, plan.group, min(limit, _CAPACITY))
     with launcher.lock:
-        values = launcher.values
-        values.map_a, values.map_w, values.map_x, values.map_sub = map_a, map_w, map_x, map_sub
-        values.x, values.codes, values.weight = inner.data_ptr(), codes, weight.data_ptr()
-        values.rows, values.absmax = rows, absmax.data_ptr()
-        values.bias = None if bias is None else bias.data_ptr()
-        values.flags, values.rest, values.sub, values.out = flags, rest, sub, out.data_ptr()
-        values.m, values.n, values.k = m, n, k
-        values.stride_x, values.stride_codes, values.group = inner.stride(0), k, config.group
-        values.limit = _CAPACITY if gathered else min(limit, _CAPACITY)
-        launcher.start((blocks, 1, 1), stream)
+        for i, tensor_map in enumerate((map_a, map_w, map_x, map_sub)):
+            launcher.pointers[i] = ctypes.addressof(tensor_map)
+        values = (of_x, codes, of_w, rows, absmax.data_ptr(), *pointers, *sizes)
+        _POINTERS_AND_SIZES.pack_into(launcher.memory, _FIRST_POINTER, *values)
+        launcher.start(plan.grid, stream)
     return out
