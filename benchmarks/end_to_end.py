@@ -398,8 +398,8 @@ def eager_decode(bench: Bench, label: str, model: nn.Module, batch: int) -> dict
 
 @torch.no_grad()
 def prefill(bench: Bench, label: str, model: nn.Module) -> dict[str, Any]:
-    """transformers' own forward, as it is called and captured in a CUDA graph: launching 32 layers one operation at a time
-    keeps the host busy for about as long as the GPU."""
+    """transformers' own forward, as it is called and captured in a CUDA graph: launching one operation at a time keeps
+    the host busy for about as long as the GPU."""
     ids = torch.randint(0, model.config.vocab_size, (1, bench.prefill_tokens), device=bench.device)
 
     def run() -> Tensor:
