@@ -53,7 +53,12 @@ def serves(batch: Batch) -> bool:
 
 def prefers(batch: Batch) -> bool:
     """Whether it should: on the kind of GPU where tests/optim/triton_checks.py compared it with the plain rules."""
-    return serves(batch) and torch.cuda.get_device_capability(batch.items[0].p.device) == (9, 0)
+    return serves(batch) and _hopper(batch.items[0].p.get_device())
+
+
+@functools.cache
+def _hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 class Plan:

@@ -160,4 +160,4 @@ def step(
         values.lr = None if lr is None else lr.data_ptr()
         values.counted = None if counted is None else counted.data_ptr()
         values.counted_rows, values.tickets = counted_rows, tickets.data_ptr()
-        launcher.start((grid, 1, 1), torch.cuda.current_stream(device).cuda_stream)
+        launcher.start((grid, 1, 1), torch._C._cuda_getCurrentRawStream(device.index))
