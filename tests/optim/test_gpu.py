@@ -65,7 +65,7 @@ def test_states_equal_the_cpus(dtype):
                 mine = there.state[p][name].cpu()
                 # Where two codes are equally near, either may be chosen; gradients in bf16 meet such values. A later
                 # gradient may bring such a sum close to zero, where the map is dense, or make it its block's largest:
-                # the values stay one step of the map apart.
+                # the values stay a step or two of the map apart.
                 if value.dtype != torch.uint8:
                     far = (mine - value).abs() > 1e-5 * value.abs()
                     assert far.sum() <= (0 if dtype == torch.float32 else 1 + value.numel() // 100), (kind, name)
@@ -74,7 +74,7 @@ def test_states_equal_the_cpus(dtype):
                 apart = (mine.int() - value.int()).abs()
                 values = codebook("dynamic8" if "sq" not in name else "dynamic8-unsigned")
                 far = (values[mine.long()] - values[value.long()]).abs()
-                assert (far[apart > 1] <= values.diff().max()).all(), (kind, name, far.max())
+                assert (far[apart > 1] <= 2 * values.diff().max()).all(), (kind, name, far.max())
                 assert (apart > 0).sum() <= 1 + value.numel() // (10_000 if dtype == torch.float32 else 300)
             torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-2, atol=1e-3)
 
