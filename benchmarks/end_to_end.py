@@ -72,10 +72,11 @@ class Bench:
             self.sizes["num_hidden_layers"] = args.layers
         self.prefill_tokens, self.train_shape = (64, (2, 32)) if args.tiny else (2048, (4, 1024))
         self.label_is_kbits = False
+        self.attention_kernel = "any"
         self.prompt, self.max_length, self.steps = (8, 32, 8) if args.tiny else (64, 256, 96)
 
     def attention(self) -> AbstractContextManager[object]:
-        name = self.args.attention.upper()
+        name = self.attention_kernel.upper()
         if name in ("ANY", "PACKED"):
             return contextlib.nullcontext()
         return sdpa_kernel(getattr(SDPBackend, name))
@@ -248,7 +249,7 @@ class Decoder:
     def __init__(self, bench: Bench, model: nn.Module, batch: int) -> None:
         length, device = bench.max_length, bench.device
         self.attention = bench.attention
-        if bench.args.attention == "packed":
+        if bench.attention_kernel == "packed":
             from transformers import AttentionInterface
 
             AttentionInterface.register("packed", packed_attention)
@@ -446,6 +447,13 @@ def qlora(bench: Bench, label: str, model: nn.Module) -> dict[str, Any]:
     return {"forward_backward_s": round(seconds, 4), **bench.memory()}
 
 
+def decode_name(part: str, kernel: str, args: argparse.Namespace) -> str:
+    """Under which name figures are kept: "decode", "decode_whole", "decode_packed", "decode_packed_pdl", "eager"."""
+    if part != "decode" or args.whole:
+        return "decode_whole" if part == "decode" else part
+    return part + ("" if kernel == "any" else f"_{kernel}") + ("_pdl" if args.pdl else "")
+
+
 def measure(bench: Bench, label: str) -> dict[str, Any]:
     """Every part for one format: {part: figures}."""
     args = bench.args
@@ -468,11 +476,13 @@ def measure(bench: Bench, label: str) -> dict[str, Any]:
         print(label, "prefill", row["prefill"], flush=True)
     for part, function in (("decode", whole_decode if args.whole else compiled_decode), ("eager", eager_decode)):
         if part in args.parts:
-            name = "decode_whole" if args.whole and part == "decode" else part
-            row[name] = {}
-            for batch in args.batches:
-                row[name][str(batch)] = function(bench, label, model, batch)
-                print(label, name, "batch", batch, row[name][str(batch)], flush=True)
+            for kernel in args.attention if function is compiled_decode else ["any"]:
+                bench.attention_kernel = kernel
+                name = decode_name(part, kernel, args)
+                row[name] = {}
+                for batch in args.batches:
+                    row[name][str(batch)] = function(bench, label, model, batch)
+                    print(label, name, "batch", batch, row[name][str(batch)], flush=True)
     if args.profile:
         profile(bench, model, args.batches[0])
     if "qlora" in args.parts and "int8" not in label:
@@ -499,7 +509,7 @@ def ratios(result: dict[str, Any]) -> None:
     for label, row in result["formats"].items():
         if base is None or label == "bf16":
             continue
-        for part in ("decode", "decode_whole", "eager"):
+        for part in (name for name in row if name.startswith("decode") or name == "eager"):
             for batch, figures in row.get(part, {}).items():
                 if batch in base.get(part, {}):
                     ratio = figures["tokens_a_second"] / base[part][batch]["tokens_a_second"]
@@ -524,7 +534,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--whole", action="store_true", help="compile transformers' own forward")
     parser.add_argument(
-        "--attention", choices=[b.lower() for b in ATTENTION], default="any", help="of compiled decoding"
+        "--attention", type=names, default=["any"], help=f"of compiled decoding, among {', '.join(ATTENTION)}"
     )
     parser.add_argument(
         "--backend",
@@ -539,6 +549,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(args.attention) - set(ATTENTION):
+        parser.error(f"unknown attention: {', '.join(sorted(unknown))}; there are {', '.join(ATTENTION)}")
     if unknown := set(args.formats) - set(LOGITS):
         parser.error(f"unknown formats: {', '.join(sorted(unknown))}; there are {', '.join(LOGITS)}")
     if not args.tiny and not torch.cuda.is_available():

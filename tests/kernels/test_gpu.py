@@ -87,6 +87,10 @@ def test_every_hopper_setting():
         Config(64, 2, 1, 64, 4, 8, 1),
         Config(128, 2, 1, 64, 4, 1, 1, True, 232),
         Config(256, 2, 1, 64, 4, 2, 1, False, 232),
+        Config(8, 4, 1, 256, 3, 1, 1, rw=56),
+        Config(16, 1, 2, 128, 8, 2, 1, rw=56),
+        Config(8, 1, 3, 256, 6, 1, 1, rw=48),
+        Config(64, 2, 2, 128, 6, 2, 1, False, 112, rw=56),
     ]
     assert all(config.valid() for config in settings)
     for dtype in (torch.bfloat16, torch.float16):

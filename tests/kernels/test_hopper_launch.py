@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(compiler, "driver", lambda: driver)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # where CPU tensors say they are
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
-    monkeypatch.setattr(hopper, "choose_config", lambda device, m, n, k: hopper.Config(8, 2, 2, 256, 4, 2))
+    monkeypatch.setattr(hopper, "choose_config", lambda device, m, n, k, weights=(): hopper.Config(8, 2, 2, 256, 4, 2))
 
     def load(device, config, *kind):
         function = ctypes.c_void_p(1)
@@ -70,6 +71,30 @@ def test_every_argument_reaches_the_kernel(driver):
         assert (values["m"], values["n"], values["k"], values["block_shift"]) == (m, n, k, 6)
         assert (values["map_w"], values["map_x"]) == (weight.data_ptr(), x.data_ptr())
         assert (values["offsets"], values["experts"]) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    "m, n, k, rows, cluster",
+    [
+        (1, (14336,), 4096, 112, 1),  # 128 tiles, where 64 rows a warpgroup make 112
+        (8, (14336, 14336), 4096, 224, 1),
+        (1, (4096, 1024, 1024), 4096, 64, 1),
+        (32, (14336,), 4096, 128, 1),
+        (64, (14336,), 4096, 112, 1),
+        (64, (8192,), 8192, 64, 1),
+        (1, (4096,), 14336, 64, 2),
+        (1000, (14336,), 4096, 128, 1),
+    ],
+)
+def test_tiles_share_a_gpu_out_evenly(monkeypatch, m, n, k, rows, cluster):
+    rules = json.loads((hopper.FOLDER / "hopper.json").read_text())["linear_4bit"]
+    monkeypatch.setattr(hopper, "_rules", lambda device: (rules, 132))
+    hopper.choose_config.cache_clear()
+    config = hopper.choose_config(0, m, sum(n), k, n)
+    hopper.choose_config.cache_clear()
+    assert config.valid() and (config.rows, config.cluster) == (rows, cluster)
+    if m <= 64:
+        assert sum(-(-count // rows) for count in n) * cluster <= 132
 
 
 def test_a_thread_without_a_context_takes_torchs(driver, monkeypatch):

@@ -6,7 +6,7 @@
 // load. Every lane owns a copy of the table in its own bank (entry e of lane l is word 64 e + l), so no access conflicts.
 //
 // A producer warp keeps STAGES tiles of codes and inputs in flight with the bulk tensor copy engine; WR x WK consumer
-// warpgroups (WR along N, 64 rows each; WK take turns along K) decode block i + 1 while the tensor cores work on block i. CLUSTER
+// warpgroups (WR along N, RW rows each; WK take turns along K) decode block i + 1 while the tensor cores work on block i. CLUSTER
 // thread blocks may split K; parts meet in distributed shared memory, in a fixed order: results repeat bit for bit.
 //
 // GROUPED: W holds several experts, [E, N, K], and x's rows are sorted by expert. blockIdx.y counts tiles of NT rows through
@@ -15,7 +15,8 @@
 // WEIGHTS > 1: several weights of one K and one format multiply the same x. A row of tiles goes through all of them; each
 // has its own bias and output.
 //
-// Compile-time settings: FP16, GROUPED, WEIGHTS, NT (tokens a tile), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
+// Compile-time settings: FP16, GROUPED, WEIGHTS, NT (tokens a tile), RW (rows a warpgroup: 64, or fewer where tiles then share out more
+// evenly; tensor cores compute 64 all the same), WR, WK, KS (K a stage: 64, 128 or 256), STAGES, CLUSTER, CTAS (blocks a
 // multiprocessor), NESTED (double-quantized scales; then DYNAMIC_MAP, their 256 levels), ACC_SCALE (scales multiply the accumulator in fp32; else the weights
 // in 16 bits, for many tokens), REGISTERS (what a consumer thread takes over from the producer; 0: none), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
@@ -26,7 +27,7 @@ typedef unsigned long long u64;
 
 #include "wgmma.h"
 
-constexpr int ROWS = 64 * WR;                      // rows of W a tile
+constexpr int ROWS = RW * WR;                      // rows of W a tile
 constexpr int GROUPS = WR * WK;                    // consumer warpgroups
 constexpr int THREADS = 128 * GROUPS + (REGISTERS ? 128 : 32);
 constexpr int RB = KS / 2;                         // bytes of codes a row and stage
@@ -42,6 +43,7 @@ constexpr int ACC = NT / 2;                        // accumulators a lane
 constexpr int VALUES = NB == 4 ? 2 : 1;            // scales a lane fetches a stage
 
 static_assert((NB == 1 && WK == 1) || NB == 2 || NB == 4, "stages of one block alternate between two sets of registers");
+static_assert(RW % 8 == 0 && RW > 32 && RW <= 64 && STAGES * W_BYTES % 1024 == 0, "tiles of x start where their swizzle does");
 static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K, which holds one while it waits for another");
 
 struct __align__(64) TensorMap { char bytes[128]; };
@@ -214,7 +216,8 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
 
   const int group = warp >> 2, g = lane >> 2, t = lane & 3;
   const int group_k = group % WK, group_r = group / WK;
-  const int local0 = group_r * 64 + (warp & 3) * 16 + g;  // this lane's rows: local0 and local0 + 8
+  const int local0 = group_r * RW + (warp & 3) * 16 + g;  // this lane's rows: local0 and local0 + 8
+  const bool has_top = RW == 64 || (warp & 3) * 16 < RW, has_low = RW == 64 || (warp & 3) * 16 + 8 < RW;
 
   if (warp >= 4 * GROUPS) {
 #if REGISTERS
@@ -247,7 +250,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
     for (int v = 0; v < VALUES; v++) {
       const int row = row0 + local0 + 8 * (my_row + v);
       first[v] = (u32)(row + weight_row0 - row0) * (u32)(K >> block_shift);
-      last_k[v] = row < N ? min(K, (begin + steps) * KS) : 0;
+      last_k[v] = row < N && (my_row + v ? has_low : has_top) ? min(K, (begin + steps) * KS) : 0;
     }
     auto fetch_scales = [&](int step) {
       const int k = (begin + step) * KS + my_block * 64;
@@ -280,6 +283,8 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
     };
 
     u32 a[2][16];
+#pragma unroll
+    for (int i = 0; RW < 64 && i < 16; i++) a[0][i] = a[1][i] = 0;
     float part[ACC_SCALE ? ACC : 1], s0[2], s1[2];
 #pragma unroll
     for (int i = 0; i < (ACC_SCALE ? ACC : 1); i++) part[i] = 0.f;
@@ -295,14 +300,22 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       const u32 swizzle = ((u32)local0 * RB >> 7) & (RB / 16 - 1);  // the same for both rows
       const u32 row = base + slot * W_BYTES + local0 * RB;
       const u32 at0 = (chunk ^ swizzle) * 16, at1 = ((chunk + 1) ^ swizzle) * 16;
-      const uint4 q0 = load_shared16(row + at0), q1 = load_shared16(row + at1);
-      const uint4 q2 = load_shared16(row + 8 * RB + at0), q3 = load_shared16(row + 8 * RB + at1);
-      const u32 top[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
-      const u32 low[8] = {q2.x, q2.y, q2.z, q2.w, q3.x, q3.y, q3.z, q3.w};
+      // Rows that are another warpgroup's keep what they hold: nobody stores their sums.
+      if (has_low) {
+        const uint4 q0 = load_shared16(row + at0), q1 = load_shared16(row + at1);
+        const uint4 q2 = load_shared16(row + 8 * RB + at0), q3 = load_shared16(row + 8 * RB + at1);
+        const u32 top[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
+        const u32 low[8] = {q2.x, q2.y, q2.z, q2.w, q3.x, q3.y, q3.z, q3.w};
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        a[P][2 * i] = byte_pair(top[i], lane4, select, table);
-        a[P][2 * i + 1] = byte_pair(low[i], lane4, select, table);
+        for (int i = 0; i < 8; i++) {
+          a[P][2 * i] = byte_pair(top[i], lane4, select, table);
+          a[P][2 * i + 1] = byte_pair(low[i], lane4, select, table);
+        }
+      } else if (has_top) {
+        const uint4 q0 = load_shared16(row + at0), q1 = load_shared16(row + at1);
+        const u32 top[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) a[P][2 * i] = byte_pair(top[i], lane4, select, table);
       }
       if (!ACC_SCALE) {
         const u32 h0 = doubled(s0[P]), h1 = doubled(s1[P]);
@@ -395,7 +408,8 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
 #pragma unroll
     for (int i = 0; i < ACC; i++) {
       const int token = (i >> 2) * 8 + 2 * t + (i & 1), row = local0 + (i & 2) * 4;
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + ((group_k * NT + token) * PITCH + row) * 4), "f"(acc[i]) : "memory");
+      if (i & 2 ? has_low : has_top)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + ((group_k * NT + token) * PITCH + row) * 4), "f"(acc[i]) : "memory");
     }
   }
   if (CLUSTER > 1) cluster_sync();

@@ -36,10 +36,11 @@ class Config:
     ctas: int = 1
     acc_scale: bool = True
     registers: int = 0
+    rw: int = 64
 
     @property
     def rows(self) -> int:
-        return 64 * self.wr
+        return self.rw * self.wr
 
     @property
     def threads(self) -> int:
@@ -59,8 +60,11 @@ class Config:
         # Consumers take registers over from the 128 threads of the producer, which keep 32; asking for more hangs.
         entry = min(255, 65536 // self.ctas // self.threads // 8 * 8)
         spare = (entry * self.threads - 32 * 128) // (128 * self.wr * self.wk)
+        aligned = (
+            self.stages * self.rows * self.ks // 2 % 1024 == 0
+        )  # x, behind the codes, starts where its swizzle does
         fits = self.threads <= 1024 and self.shared_bytes <= _SHARED_LIMIT // self.ctas
-        return turns and fits and self.ks in (64, 128, 256) and self.registers <= spare
+        return turns and fits and aligned and self.ks in (64, 128, 256) and self.registers <= spare
 
 
 def wgmma_header(nt: int, fp16: bool) -> str:
@@ -90,6 +94,7 @@ def settings(
         "GROUPED": int(grouped),
         "WEIGHTS": weights,
         "NT": config.nt,
+        "RW": config.rw,
         "WR": config.wr,
         "WK": config.wk,
         "KS": config.ks,
@@ -203,19 +208,32 @@ def _rules(device: int) -> tuple[list[dict[str, Any]], int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_config(device: int, m: int, n: int, k: int) -> Config:
-    """The settings for a product: the first rule of tuned/hopper.json with room for M and N. `cluster` 0 splits K so
-    that one wave of thread blocks covers the GPU; beyond 4 parts adding them up costs more than it brings."""
+def choose_config(device: int, m: int, n: int, k: int, weights: tuple[int, ...] = ()) -> Config:
+    """The settings for a product: the first rule of tuned/hopper.json with room for M and N. weights: the rows of each,
+    where N is those of several."""
     rules, processors = _rules(device)
     rule = next((r for r in rules if m <= r["max_m"] and n <= r.get("max_n", n)), rules[-1])
     config = Config(**{key: value for key, value in rule.items() if key not in ("max_m", "max_n")})
-    if config.cluster == 0:
-        tiles = -(-n // config.rows) * -(-m // config.nt)
-        split = 1
-        while split < 4 and tiles * split * 2 <= processors * config.ctas and k // (split * 2) >= 2 * config.ks:
-            split *= 2
-        config = dataclasses.replace(config, cluster=split)
-    return config
+    return share_out(config, m, weights or (n,), k, processors)
+
+
+def share_out(config: Config, m: int, n: tuple[int, ...], k: int, processors: int) -> Config:
+    """`config` with the parts of K (where `cluster` is 0) and the rows a warpgroup (where `rw` is 0: 64 or 56) that
+    leave the busiest multiprocessor the least work. One wave of thread blocks covers the GPU; beyond 4 parts adding
+    them up costs more than it brings. Fewer rows cost more than they bring for small N, and at 17 to 32 tokens."""
+    best, least = config, float("inf")
+    for rows in (config.rw,) if config.rw else (64, 56):
+        found = dataclasses.replace(config, rw=rows)
+        tiles = sum(-(-count // found.rows) for count in n) * -(-m // config.nt)
+        split = config.cluster or 1
+        if config.cluster == 0:
+            while split < 4 and tiles * split * 2 <= processors * config.ctas and k // (split * 2) >= 2 * config.ks:
+                split *= 2
+        found = dataclasses.replace(found, cluster=split)
+        work = -(-tiles * split // (processors * config.ctas)) * rows / split
+        if work < least:
+            best, least = found, work
+    return best
 
 
 def linear_4bit(

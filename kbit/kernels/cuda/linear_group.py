@@ -67,7 +67,7 @@ def _plan_4bit(
     device: int, m: int, n: tuple[int, ...], k: int, name: str, dtype: torch.dtype, nested: bool
 ) -> tuple[compiler.Launcher, four.Config]:
     """(loaded kernel, settings); the settings are those of one weight with as many rows as all of them."""
-    config = four.choose_config(device, m, sum(n), k)
+    config = four.choose_config(device, m, sum(n), k, n)
     return _load_4bit(device, config, name, dtype, nested, len(n)), config
 
 
