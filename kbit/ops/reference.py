@@ -88,19 +88,20 @@ def linear_8bit(
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, outlier_threshold: float) -> Tensor:
+def llm_int8(x: Tensor, weight: Tensor, absmax: Tensor, outlier_threshold: float, limit: int | None = None) -> Tensor:
     """LLM.int8() (arXiv 2208.07339): `x [M, K]` times int8 `weight [N, K]` with scales `absmax [N]`, fp32 `[M, N]`.
 
     A feature column that holds a magnitude of at least `outlier_threshold` leaves the int8 product and is multiplied
     with the dequantized weight, from x as it is. The row scales of x ignore the outlier elements only. A threshold of 0
-    multiplies everything in int8. With more than `choose.llm_int8_outliers` such columns all of them leave it (on a
-    CPU; elsewhere plain torch would have to wait for their number).
+    multiplies everything in int8. With more than `limit` such columns (None: `choose.llm_int8_outliers`) all of them
+    leave it, on a CPU; elsewhere plain torch would have to wait for their number.
     """
+    limit = choose.llm_int8_outliers(x.device.type, *x.shape) if limit is None else limit
     values = x.float()
     if outlier_threshold > 0:
         outlier = values.abs() >= outlier_threshold
         columns = outlier.any(dim=0)
-        if x.device.type == "cpu" and int(columns.sum()) > choose.llm_int8_outliers(x.shape[0]):
+        if x.device.type == "cpu" and int(columns.sum()) > limit:
             return _outlier_product(x, weight, absmax, torch.ones_like(columns))
         inner = values.masked_fill(outlier, 0.0)
         rows = inner.abs().amax(dim=1)

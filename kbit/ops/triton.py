@@ -134,7 +134,7 @@ def linear_8bit(  # type: ignore[no-untyped-def]
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
     if few:
         return kernel(x, weight, absmax, bias)
-    return kernel(x, weight, absmax, bias, outlier_threshold, limit=choose.llm_int8_outliers(m))
+    return kernel(x, weight, absmax, bias, outlier_threshold, limit=choose.llm_int8_outliers("cuda", m, k))
 
 
 def linear_8bit_group(  # type: ignore[no-untyped-def]

@@ -34,7 +34,9 @@ def close(out, expected, dtype):
 
 def llm_int8(x, weight, bias, threshold=6.0):
     """The reference's product in float64, from x as it is in its dtype."""
-    out = reference.llm_int8(x.float().cpu(), weight[0].cpu(), weight[1].cpu().view(torch.float32), threshold)
+    parts = weight[0].cpu(), weight[1].cpu().view(torch.float32)
+    limit = choose.llm_int8_outliers("cuda", *x.shape)
+    out = reference.llm_int8(x.float().cpu(), *parts, threshold, limit)
     return out.double().to(x.device) + (0.0 if bias is None else bias.double())
 
 

@@ -99,7 +99,8 @@ def activations(kind, m, k):
 
 
 def expected_llm_int8(x, codes, scales, threshold, bias):
-    out = reference.llm_int8(x.float(), codes.cpu(), scales.cpu().view(torch.float32), threshold).double()
+    limit = choose.llm_int8_outliers("cuda", *x.shape)
+    out = reference.llm_int8(x.float(), codes.cpu(), scales.cpu().view(torch.float32), threshold, limit).double()
     return out + bias.double()
 
 
@@ -118,7 +119,9 @@ def test_llm_int8(m, n, k, kind, dtype, device):
     x, bias = activations(kind, m, k).to(dtype), torch.randn(n).to(dtype)
     tile = Tile(32, 32, 64, 1, 4, 2)
     for threshold in (6.0, 0.0, 2.5) if kind == "six" else (6.0,):
-        out = llm_int8(x.to(device), codes, scales, bias.to(device), threshold, tile, choose.llm_int8_outliers(m))
+        out = llm_int8(
+            x.to(device), codes, scales, bias.to(device), threshold, tile, choose.llm_int8_outliers("cuda", m, k)
+        )
         close(out, expected_llm_int8(x, codes, scales, threshold, bias), dtype)
 
 
