@@ -8,7 +8,7 @@ import torch
 
 # Up to this many tokens a product reads the int8 weights alone: the activations stay unquantized, which is both
 # faster (memory bound) and more accurate. Above it, LLM.int8() multiplies in int8.
-WEIGHT_ONLY_TOKENS = 16
+WEIGHT_ONLY_TOKENS = 8
 # The same on a GPU, where a pass over the activations costs more than their 16 bits do (measured on one H200).
 GPU_WEIGHT_ONLY_TOKENS = 64
 

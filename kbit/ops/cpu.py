@@ -233,7 +233,8 @@ def linear_8bit(  # type: ignore[no-untyped-def]
     torch._check(bias is None or bias.numel() == n, lambda: f"an int8 weight of {n} rows takes a bias [{n}]")
     if path == "weight_only" and m > choose.CPU_FUSED_INT8_TOKENS:
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
-    out = native.linear_8bit(x, weight, absmax, bias, outlier_threshold, path == "llm_int8")
+    most_outliers = choose.llm_int8_outliers("cpu", m, weight.shape[-1])
+    out = native.linear_8bit(x, weight, absmax, bias, outlier_threshold, path == "llm_int8", most_outliers)
     if out is None:
         return reference.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
     return out

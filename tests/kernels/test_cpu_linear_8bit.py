@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kbit.formats import blocks
-from kbit.ops import reference
+from kbit.ops import choose, reference
 from tests.kernels.cpu_levels import level  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("level")
@@ -59,7 +59,7 @@ def linear_is_native() -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [0, 3])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (3, 33, 64), (12, 64, 65), (13, 31, 100), (30, 100, 1000), (70, 32, 4097)]
+    "shape", [(1, 1, 1), (3, 33, 64), (12, 64, 65), (13, 31, 100), (30, 100, 1000), (70, 32, 4097), (15, 33, 1030)]
 )
 def test_llm_int8(shape, outliers, dtype):
     m, n, k = shape
@@ -69,6 +69,25 @@ def test_llm_int8(shape, outliers, dtype):
         want = reference.linear_8bit(x.float(), codes, absmax, bias.float(), threshold, True)
         # The integer part is exact: what is left is fp32, and the rounding of the result.
         torch.testing.assert_close(got.float(), want, rtol=TOLERANCE[dtype], atol=2e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [3, 20, 100])
+def test_too_many_outlier_columns(m, dtype):
+    """Up to the limit the other columns are rounded to int8; with one more nothing is."""
+    x, codes, absmax, bias = problem(m, 40, 1100, dtype)
+    x = x.clamp(-5, 5)
+    limit = choose.llm_int8_outliers("cpu", m, 1100)
+    for count in (limit, limit + 1):
+        x[m // 2, :count] = 7.0
+        got = linear_8bit(x, codes, absmax, bias, 6.0, True).double()
+        want, size = exact(x, codes, absmax, bias)
+        close = (got - want).abs() <= TOLERANCE[dtype] * want.abs() + (
+            2**-11 if dtype != torch.float32 else 3e-6
+        ) * size
+        assert close.all() == (count > limit)
+        quantized = reference.linear_8bit(x.float(), codes, absmax, bias.float(), 6.0, True).double()
+        assert ((got - quantized).norm() / quantized.norm()) < 2 * TOLERANCE[dtype] + 1e-4
 
 
 def test_extreme_codes_and_scales():

@@ -14,7 +14,7 @@ from kbit.ops.reference import int8_product, llm_int8
 from tests.ops.helpers import close, weight_8bit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-M = choose.WEIGHT_ONLY_TOKENS + 7
+M = choose.WEIGHT_ONLY_TOKENS + 15
 
 
 def paper(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, threshold: float) -> np.ndarray:

@@ -19,7 +19,7 @@ struct Task {
     const float* absmax;
     const void* bias;
     void* out;
-    int64_t m, n, k;
+    int64_t m, n, k, most_outliers;
     float threshold;
     int32_t dtype, mode, threads;
 };
@@ -79,7 +79,7 @@ static void linear_8bit(int64_t m, int64_t n, int64_t k, int mode) {
         expect(std::fabs(decoded[i] - weight[i]) <= absmax[i / k] * 0.5001f / 127, "int8 round trip", n, k);
         expect(decoded[i] == float(codes[i]) * absmax[i / k] * (1.0f / 127.0f), "dequantize_int8", n, k);
     }
-    Task task{x.data(), codes.data(), absmax.data(), bias.data(), out.data(), m, n, k, 6.0f, 0, mode, 2};
+    Task task{x.data(), codes.data(), absmax.data(), bias.data(), out.data(), m, n, k, k, 6.0f, 0, mode, 2};
     expect(CALL(kbit_linear_8bit)(&task) == 0, "linear_8bit", m, n);
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++) {
@@ -100,6 +100,7 @@ int main() {
         for (int64_t m : {1, 3, 13})
             for (int64_t n : {1, 31, 70})
                 for (int64_t k : {1, 17, 64, 300}) linear_8bit(m, n, k, mode);
+    for (int mode : {0, 1}) linear_8bit(30, 40, 1100, mode);
     std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
     return failures != 0;
 }
