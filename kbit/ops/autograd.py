@@ -1,10 +1,13 @@
 """Backward rules of the products. The gradient to the input goes through the dequantized weight.
 
 Packed weights travel through `save_for_backward`, so that checkpointing, offloading hooks and version counters see
-them. The quantized weight itself has no gradient; a bias may.
+them; their scales stay beside them, with version counters of their own. The quantized weight itself has no gradient; a
+bias may.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +19,49 @@ def _bias_grad(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(dim=0)
 
 
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _save(ctx: Any, weight: Tensor, *scales: Tensor | None) -> None:
+    """Keep a frozen weight for the backward pass. Every saved tensor costs a checkpointed layer some 40 microseconds of
+    the host's time, so scales are kept on ctx, and `_saved` looks at their version counters as autograd would."""
+    if torch.compiler.is_compiling():
+        ctx.scales = None
+        ctx.save_for_backward(weight, *scales)
+    else:
+        ctx.save_for_backward(weight)
+        ctx.scales, ctx.versions = scales, [_version(scale) for scale in scales]
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """(weight, *scales) as `_save` kept them. Raises RuntimeError where scales were overwritten since."""
+    if ctx.scales is None:
+        return ctx.saved_tensors
+    if [_version(scale) for scale in ctx.scales] != ctx.versions:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: scales "
+            "of a quantized weight. Change quantized weights between backward and the next forward only"
+        )
+    return (*ctx.saved_tensors, *ctx.scales)
+
+
 class Linear4bitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
-        ctx.save_for_backward(weight, absmax, nested_absmax, nested_offset)
+        _save(ctx, weight, absmax, nested_absmax, nested_offset)
         ctx.codebook, ctx.block_size, ctx.k = codebook, block_size, x.shape[-1]
-        return _ops.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+        scales = (absmax, nested_absmax, nested_offset)
+        return _ops.linear_4bit.default(x, weight, *scales, bias, codebook, block_size, n)
 
     @staticmethod
     def backward(ctx, grad):
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _LinearGrad4bitFunction.apply(grad, *ctx.saved_tensors, ctx.codebook, ctx.block_size, ctx.k)
+            # The rule for second derivatives costs the host as much as the operator, so it goes where it is asked for.
+            again = torch.is_grad_enabled()
+            gradient = _LinearGrad4bitFunction.apply if again else _ops.linear_4bit_grad_input.default
+            x_grad = gradient(grad, *_saved(ctx), ctx.codebook, ctx.block_size, ctx.k)
         if ctx.needs_input_grad[5]:
             bias_grad = _bias_grad(grad)
         return x_grad, None, None, None, None, bias_grad, None, None, None
@@ -54,13 +88,16 @@ class _LinearGrad4bitFunction(torch.autograd.Function):
 class Linear8bitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, absmax, bias, outlier_threshold, int8_activations):
-        ctx.save_for_backward(weight, absmax)
-        return _ops.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
+        _save(ctx, weight, absmax)
+        return _ops.linear_8bit.default(x, weight, absmax, bias, outlier_threshold, int8_activations)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, absmax = ctx.saved_tensors
-        x_grad = _LinearGrad8bitFunction.apply(grad, weight, absmax) if ctx.needs_input_grad[0] else None
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            again = torch.is_grad_enabled()
+            gradient = _LinearGrad8bitFunction.apply if again else _ops.linear_8bit_grad_input.default
+            x_grad = gradient(grad, *_saved(ctx))
         bias_grad = _bias_grad(grad) if ctx.needs_input_grad[3] else None
         return x_grad, None, None, bias_grad, None, None
 
