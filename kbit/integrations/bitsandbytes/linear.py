@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -50,8 +51,20 @@ def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
 
 
 def save_state(module: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-    """Add the state of a quantized 4-bit weight to a state dict, under bitsandbytes' keys."""
-    state = getattr(module.weight, "quant_state", None)
+    """Add the state of a quantized 4-bit weight to a state dict, under bitsandbytes' keys.
+
+    FSDP2 puts a DTensor in the place of the parameter, which has lost it; the module still knows. What gathers sharded
+    state dicts looks every key up as an attribute of the weight, so it gets these too.
+    """
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None and module.quant_state is not None and not isinstance(weight, Params4bit):
+        shape = module.quant_state.shape
+        if weight.numel() * weight.element_size() == (math.prod(shape) + 1) // 2:  # its codes, not another weight
+            state = module.quant_state
+            for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
+                setattr(weight, name, None)
+            weight.quant_state = state
     if state is not None:
         for name, value in state.as_dict(packed=True).items():
             destination[f"{prefix}weight.{name}"] = value if keep_vars else value.detach()
