@@ -16,16 +16,15 @@ GPU_WEIGHT_ONLY_TOKENS = 64
 # decoding once, then multiplying with the vendor's library, is faster.
 TRITON_TOKENS = 64
 TRITON_GRAD_TOKENS = 16
-# The Hopper kernel is no slower than decoding first up to here (measured on one H200; both meet between 1024 and 2048);
-# where N is small there are too few tiles for that.
-HOPPER_TOKENS = 1536
+# Above 128 tokens another Hopper kernel shares tiles of 256 features by up to 256 tokens out to pairs of processors.
+# It is the fastest from 48 tiles on, from 32 where the first kernel's tiles of 256 tokens would be partly empty, and
+# where a sum is long enough to be cut; up to 4096 tokens (measured on one H200). Elsewhere the first kernel serves up
+# to HOPPER_TOKENS, where N is large enough; then the weight is decoded first.
+HOPPER_WIDE_TOKENS = range(129, 4097)
+HOPPER_WIDE_TILES, HOPPER_WIDE_TILES_PADDED, HOPPER_WIDE_SUM = 48, 32, 8192
+HOPPER_TOKENS = 768
 # The same for the gradient's product, for large weights and for those below 2^25 elements (measured on one H200).
 HOPPER_GRAD_TOKENS, HOPPER_GRAD_TOKENS_SMALL = 256, 128
-# From this many tokens on, decoding first wins where the Hopper kernel's tiles leave its last wave of thread blocks
-# too empty (14336 x 4096 at 1024 tokens: 3.4 waves of 132 blocks).
-HOPPER_WHOLE_WAVES_TOKENS = 768
-HOPPER_WAVE, HOPPER_WAVE_SHARE = 132, 0.87
-
 # Above this many tokens, where weight-only was asked for, decoding the int8 weight once is no slower.
 INT8_DEQUANTIZE_TOKENS = 128
 INT8_GRAD_TOKENS = 64
@@ -72,25 +71,26 @@ def linear_8bit_grad_path(m: int) -> str:
 def linear_4bit_path(
     m: int, n: int, k: int, block_size: int, dtype_bytes: int, capability: tuple[int, int] | None, aligned: bool = True
 ) -> str:
-    """How a GPU multiplies `m` tokens with a 4-bit `W [N, K]`: "hopper", "triton" or "dequantize".
+    """How a GPU multiplies `m` tokens with a 4-bit `W [N, K]`: "hopper", "hopper_wide", "triton" or "dequantize".
 
     capability: of an NVIDIA GPU on which CUDA C++ can be compiled, else None. aligned: codes and input start on 16-byte
     boundaries and the input's rows are 16 bytes apart, which Hopper's copy engine demands.
     """
-    if capability == (9, 0) and aligned and hopper_fits(m, n, k, block_size, dtype_bytes):
-        return "hopper"
+    reads = dtype_bytes == 2 and block_size >= 64 and k % block_size == 0  # 16-bit input, row layout, 64-blocks
+    if capability == (9, 0) and aligned and reads:
+        if hopper_wide(m, n, k):
+            return "hopper_wide"
+        if m <= (HOPPER_TOKENS if n > 2048 else TRITON_TOKENS):
+            return "hopper"
     return "triton" if m <= TRITON_TOKENS else "dequantize"
 
 
-def hopper_fits(m: int, n: int, k: int, block_size: int, dtype_bytes: int) -> bool:
-    """Whether the Hopper kernel can serve a product, and is the fastest way: 16-bit input, row layout, 64-blocks."""
-    return (
-        dtype_bytes == 2
-        and block_size >= 64
-        and k % block_size == 0
-        and m <= (HOPPER_TOKENS if n > 2048 else TRITON_TOKENS)
-        and (m < HOPPER_WHOLE_WAVES_TOKENS or _wave_share(m, n) >= HOPPER_WAVE_SHARE)
-    )
+def hopper_wide(m: int, n: int, k: int) -> bool:
+    """Whether the Hopper kernel for many tokens is the faster one."""
+    tiles, padded = -(-n // 256) * -(-m // 256), -m % 256 >= 32
+    long_sum = m <= 256 and n > 2048 and k >= HOPPER_WIDE_SUM
+    enough = tiles >= (HOPPER_WIDE_TILES_PADDED if padded else HOPPER_WIDE_TILES)
+    return m in HOPPER_WIDE_TOKENS and (enough or long_sum)
 
 
 # Products that share their input are one launch on Hopper: up to so many tokens and weights. With more tokens each
@@ -135,12 +135,6 @@ def linear_8bit_group_path(
 
 def _group_fits(m: int, n: Sequence[int]) -> bool:
     return 0 < m <= GROUP_TOKENS and 1 < len(n) <= GROUP_WEIGHTS and min(n) > 0
-
-
-def _wave_share(m: int, n: int) -> float:
-    """Which share of their waves the Hopper kernel's tiles of 128 features by 256 tokens fill."""
-    tiles = -(-n // 128) * -(-m // 256)
-    return tiles / (-(-tiles // HOPPER_WAVE) * HOPPER_WAVE)
 
 
 def linear_4bit_grad_path(

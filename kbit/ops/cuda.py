@@ -72,6 +72,11 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
     return _linear_4bit()(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
 
 
+def linear_4bit_wide(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit_wide")
+    return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+
+
 def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
     launcher = importlib.import_module("kbit.kernels.cuda.linear_group")
     return launcher.linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)

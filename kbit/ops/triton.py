@@ -68,9 +68,10 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
         bias = bias.contiguous()  # launchers pass its address
     capability, aligned = cuda.capability(x), cuda.aligned(x, weight)
     path = choose.linear_4bit_path(m, n, k, block_size, x.element_size(), capability, aligned)
-    if path == "hopper" and m and n:
-        return cuda.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
-    if path == "triton":
+    if path in ("hopper", "hopper_wide"):
+        path = "dequantize" if not m or not n else path
+        kernel = cuda.linear_4bit if path == "hopper" else cuda.linear_4bit_wide
+    if path != "dequantize":
         return kernel(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
     w = dequantize_4bit(weight, absmax, nested_absmax, nested_offset, codebook, block_size, (n, k), x.dtype)
     return F.linear(x, w, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 
 import pytest
@@ -24,8 +25,13 @@ def test_hopper_takes_what_it_can_read():
     assert choose.linear_4bit_path(1, 4096, 4096, 64, 2, (9, 0), aligned=False) == "triton"
     assert choose.linear_4bit_path(512, 4096, 4096, 64, 2, (9, 0)) == "hopper"
     assert choose.linear_4bit_path(512, 1024, 4096, 64, 2, (9, 0)) == "dequantize"  # too few tiles
-    assert choose.linear_4bit_path(1024, 4096, 4096, 64, 2, (9, 0)) == "hopper"  # 128 tiles: one wave, nearly full
-    assert choose.linear_4bit_path(1024, 14336, 4096, 64, 2, (9, 0)) == "dequantize"  # 448 tiles: 3.4 waves
+    assert choose.linear_4bit_path(1024, 4096, 4096, 64, 2, (9, 0)) == "hopper_wide"  # 64 tiles
+    assert choose.linear_4bit_path(256, 14336, 4096, 64, 2, (9, 0)) == "hopper_wide"  # 56
+    assert choose.linear_4bit_path(256, 4096, 14336, 64, 2, (9, 0)) == "hopper_wide"  # 16, of a long sum
+    assert choose.linear_4bit_path(256, 1024, 14336, 64, 2, (9, 0)) == "dequantize"
+    assert choose.linear_4bit_path(128, 28672, 8192, 64, 2, (9, 0)) == "hopper"
+    assert choose.linear_4bit_path(4096, 14336, 4096, 64, 4, (9, 0)) == "dequantize"  # fp32 input
+    assert choose.linear_4bit_path(320, 4096, 4096, 64, 2, (9, 0)) == "hopper_wide"  # 32, which would be 512 tokens
     assert choose.linear_4bit_path(10**6, 4096, 4096, 64, 2, (9, 0)) == "dequantize"
 
 
@@ -110,13 +116,33 @@ def test_settings_of_the_kernel_of_many_tokens():
         assert macros["NT"] == 256 and f"1, 1, 1, {int(transposed)}, 0;" in headers["wgmma.h"]
 
 
+def test_settings_of_the_wide_kernel():
+    from kbit.kernels.cuda import linear_4bit_wide as wide
+
+    for m in (1, 65, 129, 200, 256, 257, 700, 1024, 5000):
+        config = wide.choose_config(m)
+        assert 64 <= config.nt <= 256 and config.nt % 32 == 0 and config.shared_bytes <= 232448
+        assert config.nt * 128 % 1024 == 0  # codes start where their swizzle does
+        assert -(-m // config.nt) == -(-m // 256)  # no more tiles than the widest would make
+    macros, headers = wide.settings(wide.choose_config(256), "fp4", torch.float16, False)
+    assert macros["NT"] == 256 and macros["FP16"] == 1 and "DYNAMIC_MAP" not in macros
+    assert "m64n256k16.f32.f16.f16" in headers["wgmma.h"]
+    arguments = wide._Arguments()  # packed in one call: every field where the structure has it
+    memory = (ctypes.c_char * ctypes.sizeof(arguments)).from_buffer(arguments)
+    wide._POINTERS_AND_SIZES.pack_into(memory, wide._FIRST_POINTER, *range(1, 14))
+    assert [getattr(arguments, name) for name, _ in arguments._fields_[2:]] == list(range(1, 14))
+
+
 def test_tiles_are_cut_where_whole_ones_would_leave_processors_idle():
-    from kbit.kernels.cuda.linear_4bit_many import Schedule, schedule
+    from kbit.kernels.cuda.stream_k import Schedule, schedule
 
     assert schedule(132, 1024, 4096, 4096, 256) == Schedule(64, 0)  # 64 tiles on 66 clusters
-    assert schedule(132, 256, 14336, 4096, 256) == Schedule(66, 56)
+    assert schedule(132, 256, 14336, 4096, 256) == Schedule(56, 0)  # ten idle clusters cost less than cutting
+    assert schedule(132, 256, 28672, 8192, 256) == Schedule(66, 112)  # of a longer sum not
+    assert schedule(132, 256, 4096, 14336, 256) == Schedule(64, 16)  # four whole parts a tile
     some = schedule(132, 1024, 14336, 4096, 256)  # 224 tiles: two whole waves, and 92 tiles in equal shares
     assert some == Schedule(66, 92) and (224 - some.shared_tiles) % 66 == 0
+    assert schedule(132, 2048, 4096, 14336, 256) == Schedule(66, 0)  # 1.94 waves
     tiny = schedule(132, 100, 256, 64, 128)  # one step has no shares
     assert tiny.clusters == 1
 

@@ -114,26 +114,33 @@ def test_every_hopper_setting():
 def test_products_of_many_tokens_however_their_tiles_are_cut(transposed, dtype):
     if cuda.why_not():
         pytest.skip(cuda.why_not())
-    from kbit.kernels.cuda.linear_4bit_many import Schedule, choose_config, product
+    from kbit.kernels.cuda import linear_4bit_many, linear_4bit_wide
+    from kbit.kernels.cuda.stream_k import Schedule
+
+    def product(x, weight, bias, *kind, cut):
+        if transposed:
+            return linear_4bit_many.linear_4bit_grad_input(x, *weight, *kind, force=cut)
+        return linear_4bit_wide.linear_4bit(x, *weight, bias, *kind, force=cut)
 
     for n, k, m, name, block_size, nested in [
         (256, 64, 100, "nf4", 64, True),
         (1000, 1088, 515, "fp4", 64, False),
         (776, 2304, 700, "nf4", 256, True),
         (264, 4096, 129, "nf4", 4096, False),
+        (520, 512, 1500, "nf4", 64, True),  # bands of 4 tiles of tokens, the last one of 2
     ]:
         weight, exact = quantized(n, k, name, block_size, nested)
         x = torch.randn(m, n if transposed else k, device="cuda", dtype=dtype)
         features = k if transposed else n
         bias = None if transposed else torch.randn(n, device="cuda", dtype=dtype)
         expected = x.double() @ exact if transposed else x.double() @ exact.T + bias.double()
-        tiles = -(-features // 256) * -(-m // choose_config(m).nt)
+        nt = (linear_4bit_many if transposed else linear_4bit_wide).choose_config(m).nt
+        tiles = -(-features // 256) * -(-m // nt)
         for cut in (None, Schedule(1, 0), Schedule(3, 0), Schedule(5, tiles), Schedule(66, tiles)):
             torch.full((m, features), float("nan"), device="cuda", dtype=dtype)  # the output's memory, just freed
-            out = product(x, *weight, bias, name, block_size, features, transposed, None, cut)
+            out = product(x, weight, bias, name, block_size, features, cut=cut)
             close(out, expected, dtype)
-            again = product(x, *weight, bias, name, block_size, features, transposed, None, cut)
-            assert torch.equal(out, again)
+            assert torch.equal(out, product(x, weight, bias, name, block_size, features, cut=cut))
 
 
 @pytest.mark.parametrize("m", [30, 200])
@@ -155,15 +162,17 @@ def test_the_gradient_captures_in_a_cuda_graph(m):
             close(out, grad.double() @ exact, torch.bfloat16)
 
 
-@pytest.mark.parametrize("m", [1, 16, 100, 1000])
-def test_captures_in_a_cuda_graph(m):
-    weight, exact = quantized(512, 1024)
-    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 512, 1024), (16, 512, 1024), (100, 512, 1024), (1000, 512, 1024), (200, 2304, 8192)]
+)
+def test_captures_in_a_cuda_graph(m, n, k):
+    weight, exact = quantized(n, k)  # the last one's tiles are cut: marks of finished sums have to work in every replay
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
-    ops.linear_4bit(x, *weight, None, "nf4", 64, 512)
+    ops.linear_4bit(x, *weight, None, "nf4", 64, n)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        out = ops.linear_4bit(x, *weight, None, "nf4", 64, 512)
+        out = ops.linear_4bit(x, *weight, None, "nf4", 64, n)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         out.fill_(float("nan"))

@@ -19,11 +19,8 @@
 // Compile-time settings: FP16, NT, STAGES (of inputs and decoded weights), CS (of codes), CONSUMER_REGISTERS, DECODER_REGISTERS, NESTED (double-quantized scales; then
 // DYNAMIC_MAP, their 256 levels), TRANSPOSED, and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
+#include "hopper.h"
+#include "stream_k.h"
 #include "wgmma.h"
 
 constexpr int DECODERS = 128, CONSUMERS = 256;
@@ -41,85 +38,25 @@ constexpr int LUT_OFFSET = SCALE_OFFSET + 4096;    // word 32 e + l: lane l's co
 constexpr int BAR_OFFSET = LUT_OFFSET + 32768;
 constexpr int ACC = NT / 2;                  // accumulators a thread
 
-struct __align__(64) TensorMap { char bytes[128]; };
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {  // in the shared memory of another block of the cluster
-  asm volatile("{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %0, %1;\n mbarrier.arrive.shared::cluster.b64 _, [a];\n}" ::"r"(bar), "r"(rank) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra WAIT_DONE;\n"
-      " bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void copy_tile_to_both(u32 to, const TensorMap* map, int x, int y, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)3) : "memory");
-}
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 __device__ __forceinline__ uint4 load_shared16(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
 }
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+  u32 d;
 #if FP16
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
-__device__ __forceinline__ u32 to_halves(float low, float high) { u32 h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low)); return h; }
-__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
 #else
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
-__device__ __forceinline__ u32 to_halves(float low, float high) { u32 h; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low)); return h; }
-__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
 #endif
+  return d;
+}
 
 __constant__ u16 codebook[16] = {CODEBOOK};
 #if NESTED
 __device__ const float dynamic_map[256] = {DYNAMIC_MAP};
 #endif
-
-// The pieces of work of one cluster, the same for all its warps: shares of the first `shared_tiles` tiles, then whole tiles.
-struct Work {
-  int low, high, steps_a_tile, shared, next, tiles, clusters;
-  int tile, begin, steps;  // the piece: `steps` steps of a tile from `begin` on
-  __device__ Work(int cluster, int clusters, int tiles, int shared, int steps_a_tile)
-      : steps_a_tile(steps_a_tile), shared(shared), next(shared + cluster), tiles(tiles), clusters(clusters) {
-    low = start(cluster), high = start(cluster + 1);
-  }
-  __device__ int start(int cluster) const { return (int)((long long)shared * steps_a_tile * cluster / clusters); }
-  __device__ bool advance() {
-    if (high > low) {
-      tile = (high - 1) / steps_a_tile;
-      const int from = max(low, tile * steps_a_tile);
-      begin = from - tile * steps_a_tile, steps = high - from;
-      high = from;
-      return true;
-    }
-    if (next >= tiles) return false;
-    tile = next, begin = 0, steps = steps_a_tile;
-    next += clusters;
-    return true;
-  }
-  __device__ bool ends_tile() const { return begin + steps == steps_a_tile; }
-};
 
 struct Cursor {  // a step of the pieces
   Work work;
@@ -129,14 +66,6 @@ struct Cursor {  // a step of the pieces
   __device__ void next() { more = work.advance(), step = work.begin, row_tile = work.tile / token_tiles; }
   __device__ void advance() {
     if (++step == work.begin + work.steps) next();
-  }
-};
-
-template <int SLOTS> struct Ring {  // a place in a ring of stages
-  int slot = 0;
-  u32 phase = 0;
-  __device__ void advance() {
-    if (++slot == SLOTS) slot = 0, phase ^= 1;
   }
 };
 
@@ -157,7 +86,7 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
   if (thread == 0) {
     for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 5), barrier_init(empty + 8 * s, 4);
     for (int s = 0; s < CS; s++) barrier_init(full_c + 8 * s, CONSUMERS);
-    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_are_ready();
   }
   for (int i = thread; i < 2048; i += THREADS) {  // 16 bytes each: the even element is the high nibble
     const u32 pair = (u32)codebook[i >> 7] | (u32)codebook[(i >> 3) & 15] << 16;
@@ -170,7 +99,7 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
   __syncthreads();
   cluster_sync();
   // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  wait_for_previous_kernel();
 
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(DECODER_REGISTERS));
@@ -246,7 +175,7 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
         if (me == 0) {  // half of the inputs, for both thread blocks
           const u32 bar = full + 8 * ring.slot;
           barrier_expect(bar, X_BYTES);
-          copy_tile_to_both(base + ring.slot * X_BYTES + rank * (X_BYTES / 2), &map_x, step * 64, token0, bar);
+          copy_tile_to<2>(base + ring.slot * X_BYTES + rank * (X_BYTES / 2), &map_x, step * 64, token0, bar);
         }
 #pragma unroll
         for (int c = 0; c < 8; c++)

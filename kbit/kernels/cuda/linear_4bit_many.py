@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import itertools
-import secrets
 import threading
 
 import torch
@@ -14,10 +12,10 @@ from torch import Tensor
 
 from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import compile as compiler
+from kbit.kernels.cuda import stream_k
 from kbit.kernels.cuda.linear_4bit import _BFLOAT16, _FLOAT16, _encode_cached, _TensorMap
+from kbit.kernels.cuda.stream_k import Schedule, schedule
 
-_TILE = 256  # features a cluster of two thread blocks
-_STEP = 64
 _THREADS = 384
 
 
@@ -100,9 +98,6 @@ class _Arguments(ctypes.Structure):
 
 
 _lock = threading.Lock()
-# What marks a thread block's sums as written. Flags lie in memory that nobody cleared, so no two launches may use the
-# same mark, and one that lies there by chance must be out of the question.
-_launches = itertools.count(secrets.randbits(62) | 1)
 
 
 @functools.cache
@@ -113,27 +108,6 @@ def _load(
     code = compiler.cubin("linear_4bit_many", "sm_90a", macros, headers)
     function = compiler.load(code, "linear_4bit_many", config.shared_bytes)
     return compiler.Launcher(function, _Arguments, _THREADS, config.shared_bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """clusters: how many start; shared_tiles: tiles cut along the sum, so that every cluster has the same work."""
-
-    clusters: int
-    shared_tiles: int
-
-
-def schedule(processors: int, m: int, features: int, reduction: int, nt: int) -> Schedule:
-    """Cut tiles where whole ones leave much of the last wave idle."""
-    tiles = -(-features // _TILE) * -(-m // nt)
-    clusters = processors // 2
-    waves = -(-tiles // clusters)
-    if tiles >= 0.94 * waves * clusters:
-        return Schedule(min(clusters, tiles), 0)
-    steps = -(-reduction // _STEP)
-    shared = tiles - max(0, waves - 2) * clusters
-    # A cluster's share is worth its start only from some steps on.
-    return Schedule(max(1, min(clusters, shared * steps // 8)), shared)
 
 
 def choose_config(m: int) -> Config:
@@ -208,11 +182,8 @@ def product(
     n, k = (reduction, features) if transposed else (features, reduction)
     kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
     map_x = _encode_cached(rows.data_ptr(), kind, reduction, m, stride * 2, (64, config.nt // 2), 3)
-    workspace = None
-    if chosen.shared_tiles:
-        # Sums of 256 features x nt tokens a cluster in fp32, then a flag for each of its four warpgroups.
-        sums = chosen.clusters * _TILE * config.nt * 4
-        workspace = torch.empty(sums + chosen.clusters * 32, dtype=torch.uint8, device=x.device)
+    size, flags = chosen.workspace(config.nt)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
     with launcher.lock:
         values = launcher.values
         values.map_x, values.weight = map_x, weight.data_ptr()
@@ -222,19 +193,17 @@ def product(
         values.bias = None if bias is None else bias.data_ptr()
         if workspace is not None:
             values.workspace = workspace.data_ptr()
-            values.flags = workspace.data_ptr() + sums
-            values.launch = next(_launches)
+            values.flags = workspace.data_ptr() + flags
+            values.launch = next(stream_k.launches)
         values.m, values.n, values.k, values.block_shift = m, n, k, block_size.bit_length() - 1
         values.shared_tiles = chosen.shared_tiles
         launcher.start((2 * chosen.clusters, 1, 1), torch.cuda.current_stream(device).cuda_stream)
     return out
 
 
-def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, name, block_size, n, config=None):  # type: ignore
-    """`x [..., K] W [N, K]^T + bias`."""
-    return product(x, weight, absmax, nested_absmax, nested_offset, bias, name, block_size, n, False, config)
-
-
-def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, name, block_size, k, config=None):  # type: ignore
+def linear_4bit_grad_input(  # type: ignore[no-untyped-def]
+    grad, weight, absmax, nested_absmax, nested_offset, name, block_size, k, config=None, force=None
+) -> Tensor:
     """`grad [..., N] W [N, K]`, N a multiple of 8."""
-    return product(grad, weight, absmax, nested_absmax, nested_offset, None, name, block_size, k, True, config)
+    scales = (absmax, nested_absmax, nested_offset)
+    return product(grad, weight, *scales, None, name, block_size, k, True, config, force)
