@@ -20,11 +20,8 @@
 // multiprocessor), NESTED (double-quantized scales; then DYNAMIC_MAP, their 256 levels), ACC_SCALE (scales multiply the accumulator in fp32; else the weights
 // in 16 bits, for many tokens), REGISTERS (what a consumer thread takes over from the producer; 0: none), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
+#include "hopper.h"
+#include "weights.h"
 #include "wgmma.h"
 
 constexpr int ROWS = RW * WR;                      // rows of W a tile
@@ -46,47 +43,10 @@ static_assert((NB == 1 && WK == 1) || NB == 2 || NB == 4, "stages of one block a
 static_assert(RW % 8 == 0 && RW > 32 && RW <= 64 && STAGES * W_BYTES % 1024 == 0, "tiles of x start where their swizzle does");
 static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K, which holds one while it waits for another");
 
-struct __align__(64) TensorMap { char bytes[128]; };
-#include "weights.h"
 template <int V> struct Int { static constexpr int value = V; };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred p;\n WAIT_LOOP:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra WAIT_DONE;\n"
-      " bra WAIT_LOOP;\n WAIT_DONE:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, int y, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
-}
 __device__ __forceinline__ void prefetch_tile(const TensorMap* map, int x, int y) {  // into L2 only
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
-  float4 v;
-  asm volatile(
-      "{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %4, %5;\n ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-  return v;
 }
 __device__ __forceinline__ uint4 load_shared16(u32 address) {
   uint4 v;
@@ -102,12 +62,8 @@ __device__ __forceinline__ u32 byte_pair(u32 word, u32 lane4, u32 select, u32 ta
   return pair;
 }
 #if FP16
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { float v; asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h)); return v; }
 __device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 #else
-__device__ __forceinline__ u16 to_half(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-__device__ __forceinline__ float from_half(u16 h) { return __uint_as_float((u32)h << 16); }
 __device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 #endif
 __device__ __forceinline__ u32 doubled(float v) { u32 h = to_half(v); return h | h << 16; }
@@ -168,7 +124,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 4 * WR);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_are_ready();
     // A read into L2 is harmless even where the kernel before this one still writes these codes.
     for (int step = 0; !GROUPED && step < STAGES && step < steps; step++) prefetch_tile(&map_w, (begin + step) * KS / 2, row0);
   }
@@ -183,7 +139,7 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
 #endif
   }
   // Up to here nothing was read that an earlier kernel may have written, and that one may still run.
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  wait_for_previous_kernel();
 #if GROUPED
   int expert = -1;  // whose tile this is; `experts`: nobody's
   for (int e0 = 0, before = 0; e0 <= experts && expert < 0; e0 += 32) {
