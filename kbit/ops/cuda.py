@@ -88,7 +88,7 @@ def linear_8bit_group(x: Tensor, weight: list[Tensor], absmax: list[Tensor], bia
 
 
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit_many")
+    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit_grad_input")
     return launcher.linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k)
 
 

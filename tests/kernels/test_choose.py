@@ -102,18 +102,17 @@ def test_what_the_hopper_kernel_quantizes():
     assert macros["LANES"] == 8 and len(str(macros["CODES"]).split(",")) == 33
 
 
-def test_settings_of_the_kernel_of_many_tokens():
-    from kbit.kernels.cuda import linear_4bit_many as many
+def test_settings_of_the_gradients_kernel():
+    from kbit.kernels.cuda import linear_4bit_grad_input as gradient
 
     for m in (1, 65, 128, 129, 200, 256, 257, 700, 1024, 5000):
-        config = many.choose_config(m)
+        config = gradient.choose_config(m)
         assert 64 <= config.nt <= 256 and config.nt % 32 == 0 and config.shared_bytes <= 232448
         assert -(-m // config.nt) == -(-m // 256)  # no more tiles than the widest would make
         consumer, decoder = config.registers
         assert 256 * consumer + 128 * decoder <= 65536 // 384 // 8 * 8 * 384  # they only change hands
-    for transposed in (False, True):
-        macros, headers = many.settings(many.choose_config(256), "nf4", torch.bfloat16, True, transposed)
-        assert macros["NT"] == 256 and f"1, 1, 1, {int(transposed)}, 0;" in headers["wgmma.h"]
+    macros, headers = gradient.settings(gradient.choose_config(256), "nf4", torch.bfloat16, True)
+    assert macros["NT"] == 256 and "1, 1, 1, 1, 0;" in headers["wgmma.h"]
 
 
 def test_settings_of_the_wide_kernel():

@@ -114,12 +114,12 @@ def test_every_hopper_setting():
 def test_products_of_many_tokens_however_their_tiles_are_cut(transposed, dtype):
     if cuda.why_not():
         pytest.skip(cuda.why_not())
-    from kbit.kernels.cuda import linear_4bit_many, linear_4bit_wide
+    from kbit.kernels.cuda import linear_4bit_grad_input, linear_4bit_wide
     from kbit.kernels.cuda.stream_k import Schedule
 
     def product(x, weight, bias, *kind, cut):
         if transposed:
-            return linear_4bit_many.linear_4bit_grad_input(x, *weight, *kind, force=cut)
+            return linear_4bit_grad_input.linear_4bit_grad_input(x, *weight, *kind, force=cut)
         return linear_4bit_wide.linear_4bit(x, *weight, bias, *kind, force=cut)
 
     for n, k, m, name, block_size, nested in [
@@ -134,7 +134,7 @@ def test_products_of_many_tokens_however_their_tiles_are_cut(transposed, dtype):
         features = k if transposed else n
         bias = None if transposed else torch.randn(n, device="cuda", dtype=dtype)
         expected = x.double() @ exact if transposed else x.double() @ exact.T + bias.double()
-        nt = (linear_4bit_many if transposed else linear_4bit_wide).choose_config(m).nt
+        nt = (linear_4bit_grad_input if transposed else linear_4bit_wide).choose_config(m).nt
         tiles = -(-features // 256) * -(-m // nt)
         for cut in (None, Schedule(1, 0), Schedule(3, 0), Schedule(5, tiles), Schedule(66, tiles)):
             torch.full((m, features), float("nan"), device="cuda", dtype=dtype)  # the output's memory, just freed

@@ -243,35 +243,11 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
       if (work.steps > 1) release(before);
       release(last);
 
-      float4* const mine = workspace + (size_t)(blockIdx.x * 2 + group) * (ACC / 4 * 128) + in_group;
       if (!work.ends_tile()) {
-#pragma unroll
-        for (int i = 0; i < ACC / 4; i++) __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-        __threadfence();
-        group_sync();
-        if (in_group == 0) asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flags + blockIdx.x * 2 + group), "l"(launch) : "memory");
+        leave_sums(acc, workspace, flags, launch, blockIdx.x * 2 + group, in_group, group_sync);
         continue;
       }
-      if (work.begin > 0) {
-        const int first = work.tile * work.steps_a_tile;
-        for (int c = cluster - 1; c >= 0 && work.start(c + 1) > first; c--) {
-          if (work.start(c) == work.start(c + 1)) continue;  // no share
-          const int from = (c * 2 + rank) * 2 + group;
-          if (in_group == 0) {
-            u64 seen;
-            do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flags + from) : "memory");
-            while (seen != launch);
-            flags[from] = 0;  // a replay of this launch has to wait again
-          }
-          group_sync();
-          const float4* const theirs = workspace + (size_t)from * (ACC / 4 * 128) + in_group;
-#pragma unroll
-          for (int i = 0; i < ACC / 4; i++) {
-            const float4 v = __ldcg(theirs + i * 128);
-            acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
-          }
-        }
-      }
+      if (work.begin > 0) add_sums(acc, work, cluster, workspace, flags, launch, rank * 2 + group, in_group, group_sync);
       // A warp has 16 features by NT tokens; the output wants features side by side. The four warps of a group put 16 tokens of their 64
       // features into shared memory and write whole lines.
       const Place place(work.tile, feature_tiles, token_tiles);

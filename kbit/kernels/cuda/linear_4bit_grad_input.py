@@ -1,4 +1,4 @@
-"""Launcher of `linear_4bit_many.cu`: 4-bit products of many tokens on Hopper, forward and towards the input."""
+"""Launcher of `linear_4bit_grad_input.cu`: the gradient to the input of a 4-bit layer on Hopper."""
 
 from __future__ import annotations
 
@@ -38,23 +38,21 @@ class Config:
         return 200, 104
 
 
-def wgmma_header(nt: int, fp16: bool, transposed: bool) -> str:
-    """The device function `wgmma` for m64 n`nt` k16, both operands in shared memory, adding to `d`."""
+def wgmma_header(nt: int, fp16: bool) -> str:
+    """The device function `wgmma` for m64 n`nt` k16, adding to `d`; the left operand lies transposed."""
     count = nt // 2
     outputs = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     kind = "f16" if fp16 else "bf16"
     shape = f"wgmma.mma_async.sync.aligned.m64n{nt}k16.f32.{kind}.{kind}"
     return f"""__device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b) {{
-  asm volatile("{shape} {{{outputs}}}, %{count}, %{count + 1}, 1, 1, 1, {int(transposed)}, 0;"
+  asm volatile("{shape} {{{outputs}}}, %{count}, %{count + 1}, 1, 1, 1, 1, 0;"
     : {operands} : "l"(a), "l"(b));
 }}
 """
 
 
-def settings(
-    config: Config, name: str, dtype: torch.dtype, nested: bool, transposed: bool
-) -> tuple[dict[str, object], dict[str, str]]:
+def settings(config: Config, name: str, dtype: torch.dtype, nested: bool) -> tuple[dict[str, object], dict[str, str]]:
     """(macros, headers) to compile the kernel with."""
     fp16 = dtype == torch.float16
     bits = codebook(name).to(dtype).view(torch.int16).tolist()
@@ -65,14 +63,13 @@ def settings(
         "STAGES": config.stages,
         "CS": config.cs,
         "NESTED": int(nested),
-        "TRANSPOSED": int(transposed),
         "CONSUMER_REGISTERS": consumer,
         "DECODER_REGISTERS": decoder,
         "CODEBOOK": ",".join(str(b & 0xFFFF) for b in bits),
     }
     if nested:
         macros["DYNAMIC_MAP"] = ",".join(f"{float(v).hex()}f" for v in codebook("dynamic8"))
-    return macros, {"wgmma.h": wgmma_header(config.nt, fp16, transposed)}
+    return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
 
 
 class _Arguments(ctypes.Structure):
@@ -84,7 +81,6 @@ class _Arguments(ctypes.Structure):
         ("absmax", ctypes.c_void_p),
         ("nested_absmax", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
@@ -101,12 +97,10 @@ _lock = threading.Lock()
 
 
 @functools.cache
-def _load(
-    device: int, config: Config, name: str, dtype: torch.dtype, nested: bool, transposed: bool
-) -> compiler.Launcher:
-    macros, headers = settings(config, name, dtype, nested, transposed)
-    code = compiler.cubin("linear_4bit_many", "sm_90a", macros, headers)
-    function = compiler.load(code, "linear_4bit_many", config.shared_bytes)
+def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> compiler.Launcher:
+    macros, headers = settings(config, name, dtype, nested)
+    code = compiler.cubin("linear_4bit_grad_input", "sm_90a", macros, headers)
+    function = compiler.load(code, "linear_4bit_grad_input", config.shared_bytes)
     return compiler.Launcher(function, _Arguments, _THREADS, config.shared_bytes)
 
 
@@ -121,76 +115,59 @@ def choose_config(m: int) -> Config:
 def _plan(
     device: int,
     m: int,
-    features: int,
-    reduction: int,
+    n: int,
+    k: int,
     name: str,
     dtype: torch.dtype,
     nested: bool,
-    transposed: bool,
     config: Config | None,
 ) -> tuple[Config, Schedule, compiler.Launcher]:
     """Settings, schedule and loaded kernel of a product on the current device; compiled at first use."""
     config = config or choose_config(m)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     with _lock:
-        launcher = _load(device, config, name, dtype, nested, transposed)
-    return config, schedule(processors, m, features, reduction, config.nt), launcher
+        launcher = _load(device, config, name, dtype, nested)
+    return config, schedule(processors, m, k, n, config.nt), launcher
 
 
-def product(
-    x: Tensor,
+def linear_4bit_grad_input(
+    grad: Tensor,
     weight: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
-    bias: Tensor | None,
     name: str,
     block_size: int,
-    features: int,
-    transposed: bool,
+    k: int,
     config: Config | None = None,
     force: Schedule | None = None,
 ) -> Tensor:
-    """x: bf16 or fp16 `[..., R]`, weight: row layout `[N, K/2]` with K a multiple of the block size (at least 64), both
-    from 16-byte boundaries on; R a multiple of 8. -> `[..., features]`: `x W^T + bias`, or `x W` where `transposed`."""
-    reduction = x.shape[-1]
-    rows = x.reshape(-1, reduction)
-    m, device = rows.shape[0], x.device.index
-    stride = rows.stride(0) if m > 1 else reduction
-    if rows.stride(1) != 1 or stride % 8 or stride < reduction:
-        rows, stride = rows.contiguous(), reduction
+    """grad: bf16 or fp16 `[..., N]`, weight: row layout `[N, K/2]` with K a multiple of the block size (at least 64),
+    both from 16-byte boundaries on; N a multiple of 8. -> `[..., K]`: `grad W`."""
+    n = grad.shape[-1]
+    rows = grad.reshape(-1, n)
+    m, device = rows.shape[0], grad.device.index
+    stride = rows.stride(0) if m > 1 else n
+    if rows.stride(1) != 1 or stride % 8 or stride < n:
+        rows, stride = rows.contiguous(), n
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return product(
-                x,
-                weight,
-                absmax,
-                nested_absmax,
-                nested_offset,
-                bias,
-                name,
-                block_size,
-                features,
-                transposed,
-                config,
-                force,
-            )
-    out = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
+            scales = (absmax, nested_absmax, nested_offset)
+            return linear_4bit_grad_input(grad, weight, *scales, name, block_size, k, config, force)
+    out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype, device=grad.device)
     nested = nested_absmax is not None
-    config, chosen, launcher = _plan(device, m, features, reduction, name, x.dtype, nested, transposed, config)
+    config, chosen, launcher = _plan(device, m, n, k, name, grad.dtype, nested, config)
     chosen = force or chosen
-    n, k = (reduction, features) if transposed else (features, reduction)
-    kind = _FLOAT16 if x.dtype == torch.float16 else _BFLOAT16
-    map_x = _encode_cached(rows.data_ptr(), kind, reduction, m, stride * 2, (64, config.nt // 2), 3)
+    kind = _FLOAT16 if grad.dtype == torch.float16 else _BFLOAT16
+    map_x = _encode_cached(rows.data_ptr(), kind, n, m, stride * 2, (64, config.nt // 2), 3)
     size, flags = chosen.workspace(config.nt)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+    workspace = torch.empty(size, dtype=torch.uint8, device=grad.device) if size else None
     with launcher.lock:
         values = launcher.values
         values.map_x, values.weight = map_x, weight.data_ptr()
         values.absmax, values.out = absmax.data_ptr(), out.data_ptr()
         values.nested_absmax = None if nested_absmax is None else nested_absmax.data_ptr()
         values.offset = None if nested_offset is None else nested_offset.data_ptr()
-        values.bias = None if bias is None else bias.data_ptr()
         if workspace is not None:
             values.workspace = workspace.data_ptr()
             values.flags = workspace.data_ptr() + flags
@@ -199,11 +176,3 @@ def product(
         values.shared_tiles = chosen.shared_tiles
         launcher.start((2 * chosen.clusters, 1, 1), torch.cuda.current_stream(device).cuda_stream)
     return out
-
-
-def linear_4bit_grad_input(  # type: ignore[no-untyped-def]
-    grad, weight, absmax, nested_absmax, nested_offset, name, block_size, k, config=None, force=None
-) -> Tensor:
-    """`grad [..., N] W [N, K]`, N a multiple of 8."""
-    scales = (absmax, nested_absmax, nested_offset)
-    return product(grad, weight, *scales, None, name, block_size, k, True, config, force)

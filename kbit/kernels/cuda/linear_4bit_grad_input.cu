@@ -1,23 +1,20 @@
-// Products of many tokens with a 4-bit weight on Hopper, where the tensor cores set the time.
+// The gradient to the input of a 4-bit layer on Hopper, from some tokens on, where the tensor cores set the time.
 //
-//   out[M, F] = x[M, R] A[F, R]^T + bias      A = W  [N, K]: F = N features out, R = K, the layer itself
-//                                             A = W^T       : F = K, R = N, its gradient (TRANSPOSED; x is the gradient of out)
+//   out[M, K] = x[M, N] W[N, K]       x: the gradient of the layer's output
 //
-// W in NF4 or FP4 (row layout, blocks of 64 and up), x in bf16 or fp16. Computed as A x^T: one warpgroup decodes the weights of
-// a step (128 features by 64) into shared memory in 16 bits, scales applied; two warpgroups do nothing but multiply (64 features by NT
-// tokens each); the bulk tensor copy engine fetches inputs. A pair of thread blocks (a cluster) works
-// on 256 features and the same tokens; each fetches half of the inputs for both. W^T needs no other layout: the tensor cores read
-// a tile of shared memory either way.
+// W in NF4 or FP4 (row layout, blocks of 64 and up), x in bf16 or fp16. Computed as W^T x^T: one warpgroup decodes the weights of
+// a step (64 of N by 128 features, which are columns of W) into shared memory in 16 bits, scales applied; two warpgroups do nothing but
+// multiply (64 features by NT tokens each); the bulk tensor copy engine fetches inputs. A pair of thread blocks (a cluster) works
+// on 256 features and the same tokens; each fetches half of the inputs for both. The tensor cores read a tile of shared memory
+// transposed as well as not.
 //
 // A byte of codes is two weights side by side: a table of all 256 pairs, of which every lane owns a copy in its own bank, turns it into
 // 32 bits of the tile with one look-up. The threads that multiply also copy the codes, several steps ahead.
 //
-// Thread blocks persist. The tiles that do not fill whole waves are cut along R into equal shares, one a cluster (stream-K). A share
-// that ends inside a tile leaves its sums in `workspace`; whoever has the tile's end adds them, in a fixed order: results repeat bit
-// for bit. A cluster does the piece that others wait for first, and waits only for clusters before it, so that it cannot hang.
+// Thread blocks persist; tiles that do not fill whole waves are cut along N into equal shares (stream_k.h).
 //
-// Compile-time settings: FP16, NT, STAGES (of inputs and decoded weights), CS (of codes), CONSUMER_REGISTERS, DECODER_REGISTERS, NESTED (double-quantized scales; then
-// DYNAMIC_MAP, their 256 levels), TRANSPOSED, and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
+// Compile-time settings: FP16, NT, STAGES (of inputs and decoded weights), CS (of codes), CONSUMER_REGISTERS, DECODER_REGISTERS, NESTED
+// (double-quantized scales; then DYNAMIC_MAP, their 256 levels), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
 #include "hopper.h"
 #include "stream_k.h"
@@ -26,7 +23,7 @@
 constexpr int DECODERS = 128, CONSUMERS = 256;
 constexpr int THREADS = CONSUMERS + DECODERS;
 constexpr int TILE = 256;                    // features a cluster; each of its thread blocks has half
-constexpr int X_BYTES = NT * 128;            // 64 of R
+constexpr int X_BYTES = NT * 128;            // 64 of N
 constexpr int W_BYTES = 128 * 128;
 constexpr int C_BYTES = 128 * 32;
 constexpr int W_OFFSET = STAGES * X_BYTES;
@@ -70,18 +67,17 @@ struct Cursor {  // a step of the pieces
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(2, 1, 1)
-linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__ weight, const void* __restrict__ absmax,
-                 const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
-                 u16* __restrict__ out, float4* workspace, u64* flags, u64 launch, int M, int N, int K, int block_shift, int shared_tiles) {
+linear_4bit_grad_input(const __grid_constant__ TensorMap map_x, const u8* __restrict__ weight, const void* __restrict__ absmax,
+                       const float* __restrict__ nested_absmax, const float* __restrict__ offset, u16* __restrict__ out,
+                       float4* workspace, u64* flags, u64 launch, int M, int N, int K, int block_shift, int shared_tiles) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES, full_c = empty + 8 * STAGES;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
   const u32 rank = cluster_rank();
-  const int F = TRANSPOSED ? K : N, R = TRANSPOSED ? N : K;
-  const int token_tiles = (M + NT - 1) / NT, tiles = (F + TILE - 1) / TILE * token_tiles;
+  const int token_tiles = (M + NT - 1) / NT, tiles = (K + TILE - 1) / TILE * token_tiles;
   const int cluster = blockIdx.x >> 1, clusters = gridDim.x >> 1;
-  Work work(cluster, clusters, tiles, shared_tiles, (R + 63) / 64);
+  Work work(cluster, clusters, tiles, shared_tiles, (N + 63) / 64);
 
   if (thread == 0) {
     for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 5), barrier_init(empty + 8 * s, 4);
@@ -103,10 +99,9 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
 
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(DECODER_REGISTERS));
-    // A thread decodes one row of the tile in shared memory, 64 weights with one scale: a row of W, or half a one where W is
-    // transposed.
+    // A thread decodes half a row of the tile, 64 weights with one scale.
     const int me = thread - CONSUMERS;
-    const int row = TRANSPOSED ? me & 63 : me, side = TRANSPOSED ? me >> 6 : 0;
+    const int row = me & 63, side = me >> 6;
     const u32 row32 = base + C_OFFSET + me * 32, read0 = row32 + ((lane >> 2 & 1) << 4), read1 = row32 + ((~lane >> 2 & 1) << 4);
     const u32 write = base + W_OFFSET + side * 8192 + row * 128;
     const u32 scale_at = base + SCALE_OFFSET + me * 4;
@@ -126,7 +121,7 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
         u32 code[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          const int n = TRANSPOSED ? (step + i) * 64 + row : feature0 + row, k = TRANSPOSED ? feature0 + side * 64 : (step + i) * 64;
+          const int n = (step + i) * 64 + row, k = feature0 + side * 64;
           const u32 index = (u32)n * row_blocks + ((u32)k >> block_shift);
           raw[i] = 0.f;
           code[i] = 0;
@@ -200,7 +195,7 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
     auto fetch_codes = [&]() {
       if (!ahead.more) return;
       const int r = thread >> 1, part = thread & 1, feature0 = ahead.row_tile * TILE + rank * 128;
-      const int n = TRANSPOSED ? ahead.step * 64 + (r & 63) : feature0 + r, k = TRANSPOSED ? feature0 + (r & 64) : ahead.step * 64;
+      const int n = ahead.step * 64 + (r & 63), k = feature0 + (r & 64);
       const u32 to = base + C_OFFSET + codes.slot * C_BYTES + r * 32 + ((part ^ (r >> 2 & 1)) << 4);
       const bool inside = n < N && k < K;
       const u8* const from = weight + (inside ? (size_t)n * (K / 2) + k / 2 + part * 16 : 0);
@@ -214,8 +209,8 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
       if (in_group == 0 || in_group == 32) barrier_arrive_at(empty + 8 * slot, in_group >> 5);
     };
     auto group_sync = [&]() {
-      if (group) asm volatile("bar.sync 2, 128;" ::: "memory");
-      else asm volatile("bar.sync 1, 128;" ::: "memory");
+      if (group) sync_some<2, 128>();
+      else sync_some<1, 128>();
     };
     const u64 layout = (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;  // 128-byte swizzle, 1024 bytes to the next 8 rows
     while (work.advance()) {
@@ -228,8 +223,8 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
         const u64 descriptor_a = (a & 0x3ffff) >> 4 | layout, descriptor_b = (b & 0x3ffff) >> 4 | layout;
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int i = 0; i < 4; i++)  // 16 further in R: 32 bytes further along a row, or 16 rows further
-          wgmma(acc, descriptor_a + (TRANSPOSED ? 128 : 2) * i, descriptor_b + 2 * i);
+        for (int i = 0; i < 4; i++)  // 16 further in N: 16 rows further, and 32 bytes along a row of inputs
+          wgmma(acc, descriptor_a + 128 * i, descriptor_b + 2 * i);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         fetch_codes();  // into the place of this step's, which are decoded
         if (step) {
@@ -244,43 +239,13 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
       for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
       release(old);
 
-      float4* const mine = workspace + (size_t)(blockIdx.x * 2 + group) * (ACC / 4 * 128) + in_group;
       if (!work.ends_tile()) {
-#pragma unroll
-        for (int i = 0; i < ACC / 4; i++) __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-        __threadfence();
-        group_sync();
-        if (in_group == 0) asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flags + blockIdx.x * 2 + group), "l"(launch) : "memory");
+        leave_sums(acc, workspace, flags, launch, blockIdx.x * 2 + group, in_group, group_sync);
         continue;
       }
-      if (work.begin > 0) {
-        const int first = work.tile * work.steps_a_tile;
-        for (int c = cluster - 1; c >= 0 && work.start(c + 1) > first; c--) {
-          if (work.start(c) == work.start(c + 1)) continue;  // no share
-          const int from = (c * 2 + rank) * 2 + group;
-          if (in_group == 0) {
-            u64 seen;
-            do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flags + from) : "memory");
-            while (seen != launch);
-            flags[from] = 0;  // a replay of this launch has to wait again
-          }
-          group_sync();
-          const float4* const theirs = workspace + (size_t)from * (ACC / 4 * 128) + in_group;
-#pragma unroll
-          for (int i = 0; i < ACC / 4; i++) {
-            const float4 v = __ldcg(theirs + i * 128);
-            acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
-          }
-        }
-      }
+      if (work.begin > 0) add_sums(acc, work, cluster, workspace, flags, launch, rank * 2 + group, in_group, group_sync);
       // A warp has 16 features by NT tokens; the output wants features side by side.
       const int token0 = work.tile % token_tiles * NT, feature0 = work.tile / token_tiles * TILE + rank * 128 + warp * 16;
-      float bias0 = 0.f, bias1 = 0.f;
-      if (bias) {
-        const int f = feature0 + (lane >> 2);
-        if (f < F) bias0 = from_half(bias[f]);
-        if (f + 8 < F) bias1 = from_half(bias[f + 8]);
-      }
       const u32 buffer = base + OUT_OFFSET + warp * 1024;
       const int put_token = (lane >> 4) * 8 + (lane & 7), get_token = lane >> 1, f = feature0 + (lane & 1) * 8;
       const u32 put = buffer + put_token * 32 + (((lane >> 3 & 1) ^ (put_token >> 2 & 1)) << 4);
@@ -288,24 +253,13 @@ linear_4bit_many(const __grid_constant__ TensorMap map_x, const u8* __restrict__
 #pragma unroll
       for (int j = 0; j < NT / 16; j++) {
         const float* const d = acc + 8 * j;
-        const u32 p0 = to_halves(d[0] + bias0, d[1] + bias0), p1 = to_halves(d[2] + bias1, d[3] + bias1);
-        const u32 p2 = to_halves(d[4] + bias0, d[5] + bias0), p3 = to_halves(d[6] + bias1, d[7] + bias1);
+        const u32 p0 = to_halves(d[0], d[1]), p1 = to_halves(d[2], d[3]), p2 = to_halves(d[4], d[5]), p3 = to_halves(d[6], d[7]);
         asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(put + (j & 1) * 512), "r"(p0), "r"(p1),
                      "r"(p2), "r"(p3) : "memory");
         __syncwarp();
         const uint4 v = load_shared16(get + (j & 1) * 512);
         const int token = token0 + 16 * j + get_token;
-        if (token < M) {
-          u16* const to = out + (size_t)token * F + f;
-          if ((F & 7) == 0) {
-            if (f < F) *(uint4*)to = v;
-          } else {
-            const u32 word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-              if (f + i < F) to[i] = (u16)(word[i >> 1] >> 16 * (i & 1));
-          }
-        }
+        if (token < M && f < K) *(uint4*)(out + (size_t)token * K + f) = v;  // K is a multiple of 64
       }
     }
   }
