@@ -40,7 +40,7 @@ template <int R> struct PlainLane {
     static constexpr bool FUSED = false;
 
     static Acc zero() { return Acc{}; }
-    static Codes load(const uint8_t* p) { return p; }
+    template <bool SMALL> static Codes load(const uint8_t* p) { return p; }
     // scales: one, or two where a block has 32 weights
     template <bool SMALL> static Table table(const float* codebook, const float* scales) {
         Table t;
@@ -97,7 +97,9 @@ template <int R> struct Avx2Lane {
     static constexpr bool FUSED = true;
 
     static Acc zero() { return _mm256_setzero_ps(); }
-    static Codes load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    template <bool SMALL> static Codes load(const uint8_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
     template <bool SMALL> static Table table(const float* codebook, const float* scales) {
         __m256 low = _mm256_loadu_ps(codebook), high = _mm256_loadu_ps(codebook + 8), s = _mm256_set1_ps(scales[0]);
         Table t;
@@ -160,18 +162,33 @@ inline __m512 round16(__m512 v, int r) {
     return r == F16 ? _mm512_cvtph_ps(_mm512_cvtps_ph(v, 0)) : v;
 }
 
+// The low and the high nibbles of 64 bytes as indices, each in its byte: shifting by whole bytes brings them to the low end
+// of their words. Bit 4 chooses the table of the second block, to which the second half belongs (SMALL: of each half).
+struct Nibbles {
+    __m512i low, high;
+    template <bool SMALL> static Nibbles load(const uint8_t* p) {
+        constexpr int64_t second = 0x1010101010101010;
+        const __m512i select = SMALL ? _mm512_set_epi64(second, second, 0, 0, second, second, 0, 0)
+                                     : _mm512_set_epi64(second, second, second, second, 0, 0, 0, 0);
+        const __m512i mask = _mm512_set1_epi8(15);
+        __m512i c = _mm512_loadu_si512(p);
+        return {_mm512_ternarylogic_epi32(c, mask, select, 0xea),  // c & mask | select
+                _mm512_ternarylogic_epi32(_mm512_srli_epi16(c, 4), mask, select, 0xea)};
+    }
+};
+
 // Sixteen floats: a permutation of two registers looks up in the tables of two blocks, which bit 4 of the index chooses.
 template <int R> struct Avx512Lane {
     using Elem = float;
     using Vec = __m512;
     using Acc = __m512;
-    using Codes = __m512i;
+    using Codes = Nibbles;
     struct Table { __m512 a, b, c, d; };
     static constexpr int CHUNK = 128, VECTORS = 8, LANES = 16, MAX_N = 6;
     static constexpr bool FUSED = true;
 
     static Acc zero() { return _mm512_setzero_ps(); }
-    static Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    template <bool SMALL> static Codes load(const uint8_t* p) { return Codes::load<SMALL>(p); }
     // scales: two, or four where a block has 32 weights
     template <bool SMALL> static Table table(const float* codebook, const float* scales) {
         __m512 values = _mm512_loadu_ps(codebook);
@@ -184,12 +201,8 @@ template <int R> struct Avx512Lane {
         }
         return t;
     }
-    template <bool SMALL, int J> static Vec decode(Codes c, const Table& t) {
-        const __m512i select = SMALL ? _mm512_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16, 0, 0, 0, 0, 16, 16, 16, 16)
-                                     : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16);
-        // (codes >> shift) & 15 | select
-        __m512i index =
-            _mm512_ternarylogic_epi32(_mm512_srli_epi32(c, 4 * (J ^ 1)), _mm512_set1_epi32(15), select, 0xea);
+    template <bool SMALL, int J> static Vec decode(const Codes& c, const Table& t) {
+        __m512i index = _mm512_srli_epi32(J & 1 ? c.low : c.high, 8 * (J / 2));
         __m512 w = _mm512_permutex2var_ps(t.a, index, t.b);
         return SMALL ? _mm512_mask_blend_ps(0xff00, w, _mm512_permutex2var_ps(t.c, index, t.d)) : w;
     }
@@ -208,13 +221,13 @@ struct Bf16Lane {
     using Elem = uint16_t;
     using Vec = __m512i;
     using Acc = __m512;
-    using Codes = __m512i;
+    using Codes = Nibbles;
     struct Table { __m512i a, b; };
     static constexpr int CHUNK = 128, VECTORS = 4, LANES = 32, MAX_N = 6;
     static constexpr bool FUSED = true;
 
     static Acc zero() { return _mm512_setzero_ps(); }
-    static Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    template <bool SMALL> static Codes load(const uint8_t* p) { return Codes::load<SMALL>(p); }
     static __m512i pair(__m512 values, const float* scales) {
         return (__m512i)_mm512_cvtne2ps_pbh(
             _mm512_mul_ps(values, _mm512_set1_ps(scales[1])), _mm512_mul_ps(values, _mm512_set1_ps(scales[0])));
@@ -226,14 +239,8 @@ struct Bf16Lane {
         if (SMALL) t.b = pair(values, scales + 2);
         return t;
     }
-    template <bool SMALL, int J> static Vec decode(Codes c, const Table& t) {
-        // Of the 32 words, the second half (or, in fours of eight, the odd ones) belongs to the second table.
-        const __m512i select = SMALL ? _mm512_set_epi64(0x0010001000100010, 0x0010001000100010, 0, 0,
-                                                        0x0010001000100010, 0x0010001000100010, 0, 0)
-                                     : _mm512_set_epi64(0x0010001000100010, 0x0010001000100010, 0x0010001000100010,
-                                                        0x0010001000100010, 0, 0, 0, 0);
-        __m512i index =
-            _mm512_ternarylogic_epi32(_mm512_srli_epi16(c, 4 * (J ^ 1)), _mm512_set1_epi16(15), select, 0xea);
+    template <bool SMALL, int J> static Vec decode(const Codes& c, const Table& t) {
+        __m512i index = _mm512_srli_epi16(J & 1 ? c.low : c.high, 8 * (J / 2));
         if (!SMALL) return _mm512_permutexvar_epi16(index, t.a);
         return _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(index, t.a), 0xffff0000u, index, t.b);
     }

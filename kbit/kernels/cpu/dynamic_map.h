@@ -27,7 +27,7 @@ struct Map {
 
 #if defined(KBIT_AVX512)
 // table[index] for 16 indices below 128 or 256: permutes are several times faster than gathers.
-template <int SIZE> inline __m512 lookup(const float* table, __m512i index) {
+template <int SIZE> __attribute__((always_inline)) inline __m512 lookup(const float* table, __m512i index) {
     __m512 part[SIZE / 32];
     for (int k = 0; k < SIZE / 32; k++)
         part[k] = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * k), index, _mm512_loadu_ps(table + 32 * k + 16));

@@ -7,6 +7,7 @@
 // kbit_embedding_4bit  rows of W by index -> a dense buffer.
 
 #include "decode_4bit.h"
+#include "dynamic_map.h"
 
 namespace {
 
@@ -42,6 +43,23 @@ inline float scale_at(const Weight& w, int64_t block) {
     return product + w.nested_offset[0];
 }
 
+// `count` scales of one nested block.
+inline void nested_scales(const Weight& w, const uint8_t* codes, int64_t count, float nested, float offset, float* out) {
+    int64_t i = 0;
+#if defined(KBIT_AVX512)
+    for (; i < count; i += 16) {
+        __mmask16 live = __mmask16(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
+        __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(live, codes + i));
+        __m512 product = _mm512_mul_ps(lookup<256>(w.dynamic_map, index), _mm512_set1_ps(nested));
+        _mm512_mask_storeu_ps(out + i, live, _mm512_add_ps(product, _mm512_set1_ps(offset)));
+    }
+#endif
+    for (; i < count; ++i) {
+        float product = w.dynamic_map[codes[i]] * nested;
+        out[i] = product + offset;
+    }
+}
+
 // Scales of `count` pieces of `piece` weights (64, or 32) that begin at flat position `first`, zeros up to `padded`.
 void piece_scales(const Weight& w, int64_t first, int64_t count, int64_t padded, int64_t piece, float* out) {
     int64_t block = first / w.block_size, each = w.block_size / piece;
@@ -54,11 +72,7 @@ void piece_scales(const Weight& w, int64_t first, int64_t count, int64_t padded,
             for (int64_t i = 0; i < count;) {
                 float nested = w.nested_absmax[(block + i) >> 8];
                 int64_t end = min_of(count, i + 256 - ((block + i) & 255));
-                for (int64_t j = i; j < end; ++j) out[j] = w.dynamic_map[codes[block + j]];
-                for (int64_t j = i; j < end; ++j) {
-                    float product = out[j] * nested;
-                    out[j] = product + offset;
-                }
+                nested_scales(w, codes + block + i, end - i, nested, offset, out + i);
                 i = end;
             }
         }
@@ -132,7 +146,7 @@ template <class L, bool SMALL, int R, int MT> struct Fused {
         typename L::Table tables[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            codes[r] = L::load(p[r]);
+            codes[r] = L::template load<SMALL>(p[r]);
             tables[r] = L::template table<SMALL>(codebook, scales + r * ld_scales);
         }
         vector<0>(acc, codes, tables, x, ldx);
@@ -193,7 +207,9 @@ bool fused_rows(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n
     for (int64_t n = n0; n < n1;) {
         const uint8_t* codes = t.w.codes + n * row_bytes;
         if (n + R <= n1) {
-            for (int r = 0; r < R; ++r) piece_scales(t.w, (n + r) * t.w.k, pieces, ld, PIECE, scales + r * ld);
+            if (pieces == ld) piece_scales(t.w, n * t.w.k, R * ld, R * ld, PIECE, scales);
+            else
+                for (int r = 0; r < R; ++r) piece_scales(t.w, (n + r) * t.w.k, pieces, ld, PIECE, scales + r * ld);
             Fused<L, SMALL, R, MT>::run(codes, row_bytes, t.w.codebook, scales, ld, x, ldx, sums, end);
             for (int r = 0; r < R; ++r)
                 for (int m = 0; m < MT; ++m) finish(t, m, n + r, sums[r * MT + m]);
@@ -221,12 +237,12 @@ void decode_row(const uint8_t* codes, int64_t bytes, const float* codebook, cons
     constexpr int BYTES = L::CHUNK / 2, PER = L::CHUNK / (SMALL ? 32 : 64);
     int64_t whole = bytes / BYTES, c = 0;
     for (; c < whole; ++c)
-        decode_vectors<L, SMALL, 0>(L::load(codes + c * BYTES), L::template table<SMALL>(codebook, scales + c * PER),
+        decode_vectors<L, SMALL, 0>(L::template load<SMALL>(codes + c * BYTES), L::template table<SMALL>(codebook, scales + c * PER),
                                     out + c * L::CHUNK);
     if (bytes % BYTES) {
         uint8_t tail[BYTES] = {};
         std::memcpy(tail, codes + c * BYTES, size_t(bytes % BYTES));
-        decode_vectors<L, SMALL, 0>(L::load(tail), L::template table<SMALL>(codebook, scales + c * PER),
+        decode_vectors<L, SMALL, 0>(L::template load<SMALL>(tail), L::template table<SMALL>(codebook, scales + c * PER),
                                     out + c * L::CHUNK);
     }
 }
@@ -344,7 +360,9 @@ bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, 
 
 template <class L, bool SMALL> bool product(const Task& t) {
     // Rows of W that a thread takes at a time: a multiple of MAX_N whose decoded depth stays in the L2 cache.
+    // Where W is decoded in registers, smaller units spread a small weight evenly.
     constexpr int64_t UNIT = 48;
+    int64_t unit = L::FUSED && t.m <= 8 ? min_of(UNIT, (t.n1 - t.n0) / (16 * t.threads) / 4 * 4 + 8) : UNIT;
     int64_t ldx = (t.w.k + L::CHUNK - 1) / L::CHUNK * L::CHUNK;
     auto* x = static_cast<typename L::Elem*>(packed_x.get(size_t(t.m * ldx) * sizeof(typename L::Elem)));
     if (!x) return false;
@@ -352,7 +370,7 @@ template <class L, bool SMALL> bool product(const Task& t) {
         for (int64_t row = begin; row < end; ++row) pack_row<L>(t.x, row, t, ldx, x + row * ldx);
     });
     std::atomic<bool> complete{true};
-    parallel_for(t.n1 - t.n0, UNIT, t.threads, [&](int64_t begin, int64_t end) {
+    parallel_for(t.n1 - t.n0, unit, t.threads, [&](int64_t begin, int64_t end) {
         if (!rows_of<L, SMALL>(t, x, ldx, t.n0 + begin, t.n0 + end)) complete = false;
     });
     return complete;
