@@ -4,7 +4,8 @@
 // activations is taken off in the end. int32 sums may wrap on the way; the difference is right modulo 2^32.
 //
 // Few rows read the panel where it lies. For more, CHUNK columns of it at a time are laid out as [CHUNK / 4][PANEL][4] in
-// a buffer that the L1 cache holds, while the next are on their way to the L2 cache.
+// a buffer that the L1 cache holds, while the next are on their way to the L2 cache. They meet tiles of activations
+// that are laid out likewise, [K / 4][rows][4]: one address for all rows, and one page at a time.
 
 #pragma once
 
@@ -20,7 +21,7 @@ constexpr int TILE = 14;       // rows of activations that are multiplied at onc
 #if defined(KBIT_AVX512)
 constexpr int FEW = 8;              // rows of activations that read W where it lies
 constexpr int64_t PREFETCH = 2048;  // bytes ahead in a row of W, for them
-constexpr int64_t CHUNK = 1024;
+constexpr int64_t CHUNK = 512;
 
 inline __m512i unsigned_weights(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(char(0x80))); }
 
@@ -57,25 +58,17 @@ void dots(const int8_t* a, int64_t stride, const int8_t* w, int64_t k, int64_t b
 // A stretch of columns at a time, so short that the activations stay in the L1 cache for all rows of the panel.
 template <int R> void few_rows(const int8_t* a, int64_t stride, const int8_t* w, int64_t n, int64_t k, int32_t* sums) {
     constexpr int W = R <= 6 ? 4 : 2;
-    constexpr int64_t STRETCH = 24576 / R / 64 * 64;
+    constexpr int64_t STEP = 24576 / R / 64 * 64;
     std::memset(sums, 0, size_t(R * PANEL) * sizeof(int32_t));
-    for (int64_t begin = 0; begin < k; begin += STRETCH) {
-        int64_t end = begin + STRETCH < k ? begin + STRETCH : k, j = 0;
+    for (int64_t begin = 0; begin < k; begin += STEP) {
+        int64_t end = begin + STEP < k ? begin + STEP : k, j = 0;
         for (; j + W <= n; j += W) dots<W, R>(a, stride, w + j * k, k, begin, end, sums + j);
         for (; j < n; j++) dots<1, R>(a, stride, w + j * k, k, begin, end, sums + j);
     }
 }
 
-// 16 rows of W, 64 bytes each from column `begin`, as [16][16 rows][4]; zero codes beyond n rows and k columns.
-void pack16(const int8_t* w, int64_t n, int64_t k, int64_t begin, uint8_t* out) {
-    __m512i r[16], t[16];
-    __mmask64 in = k - begin >= 64 ? ~0ull : (1ull << (k - begin)) - 1;
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; j++) {
-        if (j < n) _mm_prefetch(reinterpret_cast<const char*>(w + j * k + begin + 256), _MM_HINT_T0);
-        r[j] = j < n ? _mm512_maskz_loadu_epi8(in, w + j * k + begin) : _mm512_setzero_si512();
-        r[j] = unsigned_weights(r[j]);
-    }
+// Words of 4 bytes, 16 rows r of 16, as columns in t; r is lost.
+inline void transpose16(__m512i* r, __m512i* t) {
 #pragma GCC unroll 16
     for (int j = 0; j < 16; j += 2) {
         t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
@@ -99,6 +92,19 @@ void pack16(const int8_t* w, int64_t n, int64_t k, int64_t begin, uint8_t* out) 
         t[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
         t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
     }
+}
+
+// 16 rows of W, 64 bytes each from column `begin`, as [16][16 rows][4]; zero codes beyond n rows and k columns.
+void pack16(const int8_t* w, int64_t n, int64_t k, int64_t begin, uint8_t* out) {
+    __m512i r[16], t[16];
+    __mmask64 in = k - begin >= 64 ? ~0ull : (1ull << (k - begin)) - 1;
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) {
+        if (j < n) _mm_prefetch(reinterpret_cast<const char*>(w + j * k + begin + 256), _MM_HINT_T0);
+        r[j] = j < n ? _mm512_maskz_loadu_epi8(in, w + j * k + begin) : _mm512_setzero_si512();
+        r[j] = unsigned_weights(r[j]);
+    }
+    transpose16(r, t);
 #pragma GCC unroll 16
     for (int c = 0; c < 16; c++) _mm512_store_si512(out + c * PANEL * 4, t[c]);
 }
@@ -119,10 +125,9 @@ struct Ahead {
     int64_t row, lines;  // the first row of this tile's share
 };
 
-// Adds to sums [R][PANEL] the products of R rows of activations with `columns` of a packed panel.
+// Adds to sums [R][PANEL] the products of a tile of R rows with `columns` of a packed panel.
 template <int R>
-void outer(const int8_t* a, int64_t stride, const uint8_t* packed, int64_t columns, bool first, int32_t* sums,
-           const Ahead& ahead) {
+void outer(const int8_t* a, const uint8_t* packed, int64_t columns, bool first, int32_t* sums, const Ahead& ahead) {
     __m512i acc[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -138,7 +143,7 @@ void outer(const int8_t* a, int64_t stride, const uint8_t* packed, int64_t colum
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             int32_t four;
-            std::memcpy(&four, a + r * stride + i, 4);
+            std::memcpy(&four, a + i * R + r * 4, 4);
             __m512i row = _mm512_set1_epi32(four);
             acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, row);
             acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, row);
@@ -157,21 +162,34 @@ void tile_few(int64_t count, const int8_t* a, int64_t stride, const int8_t* w, i
     BY_COUNT[count - 1](a, stride, w, n, k, sums);
 }
 
-void tile_packed(int64_t count, const int8_t* a, int64_t stride, const uint8_t* packed, int64_t columns, bool first,
-                 int32_t* sums, const Ahead& ahead) {
-    static constexpr decltype(&outer<1>) BY_COUNT[] = {outer<1>, outer<2>,  outer<3>,  outer<4>,  outer<5>,
-                                                       outer<6>, outer<7>,  outer<8>,  outer<9>,  outer<10>,
+void tile_packed(int64_t count, const int8_t* a, const uint8_t* packed, int64_t columns, bool first, int32_t* sums,
+                 const Ahead& ahead) {
+    static constexpr decltype(&outer<1>) BY_COUNT[] = {outer<1>,  outer<2>,  outer<3>,  outer<4>,  outer<5>,
+                                                       outer<6>,  outer<7>,  outer<8>,  outer<9>,  outer<10>,
                                                        outer<11>, outer<12>, outer<13>, outer<14>};
     static_assert(sizeof(BY_COUNT) == TILE * sizeof(void*), "one for each number of rows");
-    BY_COUNT[count - 1](a, stride, packed, columns, first, sums, ahead);
+    BY_COUNT[count - 1](a, packed, columns, first, sums, ahead);
 }
 
-// sums [rows][PANEL] of all rows of activations with n rows of W. packed: room for a chunk; next: the panel that this
-// thread is likely to take then.
-void many_rows(int64_t rows, const int8_t* a, int64_t stride, const int8_t* w, int64_t n, int64_t k, const int8_t* next,
-               uint8_t* packed, int32_t* sums) {
-    int64_t tiles = (rows + TILE - 1) / TILE, tile = (rows + tiles - 1) / tiles;
-    int64_t fetchers = tiles > 1 ? 2 : 1;  // the last tiles bring the next chunk, PANEL lines in 16 steps
+// Up to TILE rows of `stride` bytes, a multiple of 64, as a tile.
+void interleave(const int8_t* rows, int64_t count, int64_t stride, int8_t* tile) {
+    const __mmask16 some = __mmask16((1u << count) - 1);
+    for (int64_t i = 0; i < stride; i += 64) {
+        __m512i r[16], t[16];
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++)
+            r[j] = j < count ? _mm512_loadu_si512(rows + j * stride + i) : _mm512_setzero_si512();
+        transpose16(r, t);
+#pragma GCC unroll 16
+        for (int c = 0; c < 16; c++) _mm512_mask_storeu_epi32(tile + (i + c * 4) * count, some, t[c]);
+    }
+}
+
+// sums [rows][PANEL] of n rows of W with rows of activations a in tiles of `tile`, each row `stride` bytes. packed: room
+// for a chunk; next: the panel that this thread is likely to take then.
+void many_rows(int64_t rows, int64_t tile, const int8_t* a, int64_t stride, const int8_t* w, int64_t n, int64_t k,
+               const int8_t* next, uint8_t* packed, int32_t* sums) {
+    int64_t fetchers = rows > tile ? 2 : 1;  // the last tiles bring the next chunk, PANEL lines in 16 steps
     for (int64_t begin = 0; begin < k; begin += CHUNK) {
         int64_t columns = begin + CHUNK < k ? CHUNK : k - begin;
         pack(w, n, k, begin, begin + columns, packed);
@@ -180,7 +198,8 @@ void many_rows(int64_t rows, const int8_t* a, int64_t stride, const int8_t* w, i
             int64_t count = rows - row < tile ? rows - row : tile;
             int64_t left = (rows - row + tile - 1) / tile;  // tiles from this one on
             if (left <= fetchers) ahead.lines = PANEL / 16 / fetchers, ahead.row = (fetchers - left) * 16 * ahead.lines;
-            tile_packed(count, a + row * stride + begin, stride, packed, columns, begin == 0, sums + row * PANEL, ahead);
+            const int8_t* part = a + row * stride + begin * count;
+            tile_packed(count, part, packed, columns, begin == 0, sums + row * PANEL, ahead);
         }
     }
 }

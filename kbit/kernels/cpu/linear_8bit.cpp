@@ -11,6 +11,7 @@
 
 namespace {
 
+constexpr int64_t STRETCH = 256;  // activations that are converted at once
 enum Mode { WEIGHT_ONLY, LLM_INT8 };
 
 struct Task {
@@ -29,7 +30,8 @@ struct Task {
 // Activations as rows of int8.
 struct Rows {
     int planes;            // rows a token
-    int64_t count, stride;  // rows, bytes from one to the next: zeros after K
+    int64_t count, stride;  // rows, bytes of each: zeros after K
+    int64_t tile;          // rows a tile of int8_dots.h, whole tokens; 0: rows lie one behind the other
     int8_t* codes;         // [count, stride]
     int32_t* sums;         // [count] 128 times the sum of a row, where the product takes W as unsigned
     float* scale;          // [tokens] of the sums; a second factor where one would overflow
@@ -55,25 +57,13 @@ float largest(const float* x, int64_t n) {
     return float_of(most);  // NaN is largest of all
 }
 
-// The largest magnitude below threshold (NaN where there is one); marks the columns of the others.
+// The same for magnitudes below threshold; marks the columns of the others.
 float largest_inner(const float* x, int64_t n, float threshold, uint8_t* outlier) {
     uint32_t most = 0;
-    for (int64_t begin = 0; begin < n; begin += 64) {
-        int64_t end = begin + 64 < n ? begin + 64 : n;
-        uint32_t some = 0;
-        for (int64_t i = begin; i < end; i++) {
-            uint32_t a = bits_of(x[i]) & 0x7fffffff;
-            some = a > some ? a : some;
-        }
-        if (!(float_of(some) < threshold)) {  // few stretches are like this
-            some = 0;
-            for (int64_t i = begin; i < end; i++) {
-                float a = std::fabs(x[i]);
-                if (a >= threshold) __atomic_store_n(&outlier[i], uint8_t(1), __ATOMIC_RELAXED);
-                else some = bits_of(a) > some ? bits_of(a) : some;
-            }
-        }
-        most = some > most ? some : most;
+    for (int64_t i = 0; i < n; i++) {
+        float a = std::fabs(x[i]);
+        if (a >= threshold) __atomic_store_n(&outlier[i], uint8_t(1), __ATOMIC_RELAXED);
+        else most = bits_of(a) > most ? bits_of(a) : most;
     }
     return float_of(most);
 }
@@ -89,8 +79,8 @@ void row_codes(const float* x, float absmax, int8_t* codes, int64_t k) {
 }
 
 #if defined(KBIT_AVX512)
-// One token as planes. Returns false where it is not finite.
-bool row_planes(const float* x, Rows& rows, int64_t token, int64_t k) {
+// One token as planes, `codes` [planes, stride]. Returns false where it is not finite.
+bool row_planes(const float* x, Rows& rows, int64_t token, int8_t* codes, int64_t k) {
     float most = largest(x, k);
     if ((bits_of(most) & 0x7f800000) == 0x7f800000) return false;
     int exponent = most == 0.0f ? 0 : std::ilogb(most);
@@ -98,7 +88,6 @@ bool row_planes(const float* x, Rows& rows, int64_t token, int64_t k) {
     float top = rows.planes == 2 ? 32639.0f / std::ldexp(most == 0.0f ? 1.0f : most, -exponent) : 1.0f;
     int shift = (rows.planes == 4 ? 29 : rows.planes == 3 ? 21 : 0) - exponent, half = shift / 2;
     __m512 first = _mm512_set1_ps(std::ldexp(1.0f, half)), second = _mm512_set1_ps(std::ldexp(top, shift - half));
-    int8_t* codes = rows.codes + token * rows.planes * rows.stride;
     const __m512i round = _mm512_set1_epi32(128);
     for (int64_t i = 0; i < k; i += 16) {
         __mmask16 in = k - i >= 16 ? 0xffff : __mmask16((1u << (k - i)) - 1);
@@ -114,14 +103,56 @@ bool row_planes(const float* x, Rows& rows, int64_t token, int64_t k) {
 }
 #endif
 
-void finish_row(Rows& rows, int64_t row, int64_t k) {
-    int8_t* codes = rows.codes + row * rows.stride;
+void finish_row(Rows& rows, int64_t row, int8_t* codes, int64_t k) {
     std::memset(codes + k, 0, size_t(rows.stride - k));
     int32_t sum = 0;
 #if defined(KBIT_AVX512)
     for (int64_t i = 0; i < k; i++) sum += codes[i];
 #endif
     rows.sums[row] = int32_t(uint32_t(sum) * 128u);
+}
+
+// Sets how rows of m tokens lie, but for their memory.
+void lay_out(Rows& rows, int64_t m, int64_t k, int planes) {
+    rows.planes = planes;
+    rows.count = m * planes;
+    rows.stride = padded(k);
+#if defined(KBIT_AVX512)
+    if (rows.count > FEW) {
+        int64_t most = TILE / planes, tiles = (m + most - 1) / most;
+        rows.tile = (m + tiles - 1) / tiles * planes;
+    }
+#endif
+}
+
+// Calls fill(token, room for K values, codes [planes, stride]) for every token, and brings codes where they belong.
+// Returns false where memory ran out.
+template <class F> bool fill_rows(const Task& t, Rows& rows, const F& fill) {
+    std::atomic<bool> ok{true};
+    int64_t most = rows.tile ? rows.tile / rows.planes : 2;  // tokens at once
+    parallel_for((t.m + most - 1) / most, 1, t.threads, [&](int64_t from, int64_t to) {
+        Array<float> values(t.k);
+        Array<int8_t> tile(rows.tile * rows.stride);
+        if (!values.ok() || !tile.ok()) {
+            ok = false;
+            return;
+        }
+        for (int64_t first = from * most; first < (to * most < t.m ? to * most : t.m); first += most) {
+            int64_t tokens = t.m - first < most ? t.m - first : most;
+            int8_t* place = rows.codes + first * rows.planes * rows.stride;
+            int8_t* codes = rows.tile ? tile.get() : place;
+            for (int64_t i = 0; i < tokens; i++) {
+                int8_t* own = codes + i * rows.planes * rows.stride;
+                fill(first + i, values.get(), own);
+                for (int p = 0; p < rows.planes; p++)
+                    finish_row(rows, (first + i) * rows.planes + p, own + p * rows.stride, t.k);
+            }
+#if defined(KBIT_AVX512)
+            if (rows.tile) interleave(codes, tokens * rows.planes, rows.stride, place);
+#endif
+        }
+    });
+    return ok;
 }
 
 // ---- from sums to results ----
@@ -183,8 +214,7 @@ bool multiply(const Task& t, const Rows& rows) {
             const int8_t* w = t.w + n0 * t.k;
             Array<float> outlier_weights(rows.outliers * PANEL);
 #if defined(KBIT_AVX512)
-            const bool few = rows.count <= FEW;
-            const int64_t at_once = rows.count, room = few ? 0 : CHUNK * PANEL;
+            const int64_t at_once = rows.count, room = rows.tile ? CHUNK * PANEL : 0;
 #else
             const int64_t at_once = rows.count < TILE ? rows.count : TILE, room = 0;
 #endif
@@ -199,8 +229,9 @@ bool multiply(const Task& t, const Rows& rows) {
                 int64_t count = rows.count - row < at_once ? rows.count - row : at_once;
 #if defined(KBIT_AVX512)
                 int64_t next = panel + 1 < to ? panel + 1 : to + (t.threads - 1) * grain;
-                if (!few)
-                    many_rows(rows.count, rows.codes, rows.stride, w, n, t.k, t.w + (next < panels ? next : panel) * PANEL * t.k,
+                if (rows.tile)
+                    many_rows(rows.count, rows.tile, rows.codes, rows.stride, w, n, t.k,
+                              t.w + (next < panels ? next : panel) * PANEL * t.k,
                               reinterpret_cast<uint8_t*>(sums + at_once * PANEL), sums);
                 else
 #endif
@@ -218,28 +249,19 @@ enum Result { DONE, NO_MEMORY, NOT_FINITE, TOO_MANY };
 Result weight_only(const Task& t) {
     Rows rows{};
     // Up to 4 tokens memory sets the time.
-    rows.planes = t.dtype == F32 ? (t.m <= 2 ? 4 : 3) : t.m <= 4 ? 3 : 2;
-    rows.count = t.m * rows.planes;
-    rows.stride = padded(t.k);
+    lay_out(rows, t.m, t.k, t.dtype == F32 ? (t.m <= 2 ? 4 : 3) : t.m <= 4 ? 3 : 2);
     Array<int8_t> codes(rows.count * rows.stride);
     Array<int32_t> sums(rows.count);
     Array<float> scale(t.m), scale2(t.m);
     if (!codes.ok() || !sums.ok() || !scale.ok() || !scale2.ok()) return NO_MEMORY;
     rows.codes = codes.get(), rows.sums = sums.get(), rows.scale = scale.get(), rows.scale2 = scale2.get();
-    std::atomic<int> result{DONE};
-    parallel_for(t.m, 2, t.threads, [&](int64_t from, int64_t to) {
-        Array<float> values(t.k);
-        if (!values.ok()) {
-            result = NO_MEMORY;
-            return;
-        }
-        for (int64_t token = from; token < to; token++) {
-            load_floats(values.get(), t.x, token * t.k, t.k, t.dtype);
-            if (!row_planes(values.get(), rows, token, t.k)) result = NOT_FINITE;
-            for (int p = 0; p < rows.planes; p++) finish_row(rows, token * rows.planes + p, t.k);
-        }
+    std::atomic<bool> finite{true};
+    bool ok = fill_rows(t, rows, [&](int64_t token, float* x, int8_t* own) {
+        load_floats(x, t.x, token * t.k, t.k, t.dtype);
+        if (!row_planes(x, rows, token, own, t.k)) finite = false;
     });
-    if (result != DONE) return Result(result.load());
+    if (!ok) return NO_MEMORY;
+    if (!finite) return NOT_FINITE;
     return multiply(t, rows) ? DONE : NO_MEMORY;
 }
 #else
@@ -286,9 +308,7 @@ Result weight_only(const Task& t) {
 // The scales, and the columns that hold an outlier.
 Result llm_int8(const Task& t) {
     Rows rows{};
-    rows.planes = 1;
-    rows.count = t.m;
-    rows.stride = padded(t.k);
+    lay_out(rows, t.m, t.k, 1);
     Array<int8_t> codes(rows.count * rows.stride);
     Array<int32_t> sums(rows.count);
     Array<float> scale(t.m), absmax(t.m);
@@ -300,16 +320,18 @@ Result llm_int8(const Task& t) {
     std::atomic<int> result{DONE};
 
     parallel_for(t.m, 4, t.threads, [&](int64_t from, int64_t to) {
-        Array<float> values(t.k);
-        if (!values.ok()) {
-            result = NO_MEMORY;
-            return;
-        }
-        float* x = values.get();
+        float x[STRETCH];
         for (int64_t token = from; token < to; token++) {
-            load_floats(x, t.x, token * t.k, t.k, t.dtype);
-            float most = largest(x, t.k);
-            if (t.threshold > 0.0f && !(most < t.threshold)) most = largest_inner(x, t.k, t.threshold, outlier.get());
+            uint32_t bits = 0;
+            for (int64_t begin = 0; begin < t.k; begin += STRETCH) {
+                int64_t n = begin + STRETCH < t.k ? STRETCH : t.k - begin;
+                load_floats(x, t.x, token * t.k + begin, n, t.dtype);
+                float some = largest(x, n);
+                if (t.threshold > 0.0f && !(some < t.threshold))
+                    some = largest_inner(x, n, t.threshold, outlier.get() + begin);
+                bits = bits_of(some) > bits ? bits_of(some) : bits;
+            }
+            float most = float_of(bits);
             absmax[token] = most;
             if ((bits_of(most) & 0x7f800000) == 0x7f800000) result = NOT_FINITE;
         }
@@ -330,25 +352,20 @@ Result llm_int8(const Task& t) {
     if (!outlier_values.ok()) return NO_MEMORY;
     rows.columns = columns.get(), rows.values = outlier_values.get();
 
-    parallel_for(t.m, 4, t.threads, [&](int64_t from, int64_t to) {
-        Array<float> values(t.k);
-        if (!values.ok()) {
-            result = NO_MEMORY;
-            return;
-        }
-        float* x = values.get();
-        for (int64_t token = from; token < to; token++) {
-            load_floats(x, t.x, token * t.k, t.k, t.dtype);
-            for (int64_t c = 0; c < rows.outliers; c++) {
-                outlier_values[token * rows.outliers + c] = x[columns[c]];
-                x[columns[c]] = 0.0f;
+    bool ok = fill_rows(t, rows, [&](int64_t token, float* x, int8_t* own) {
+        int64_t c = 0;
+        for (int64_t begin = 0; begin < t.k; begin += STRETCH) {
+            int64_t n = begin + STRETCH < t.k ? STRETCH : t.k - begin;
+            load_floats(x, t.x, token * t.k + begin, n, t.dtype);
+            for (; c < rows.outliers && columns[c] < begin + n; c++) {
+                outlier_values[token * rows.outliers + c] = x[columns[c] - begin];
+                x[columns[c] - begin] = 0.0f;
             }
-            row_codes(x, absmax[token], rows.codes + token * rows.stride, t.k);
-            finish_row(rows, token, t.k);
-            scale[token] = absmax[token] * (1.0f / 127.0f);
+            row_codes(x, absmax[token], own + begin, n);
         }
+        scale[token] = absmax[token] * (1.0f / 127.0f);
     });
-    if (result != DONE) return Result(result.load());
+    if (!ok) return NO_MEMORY;
     return multiply(t, rows) ? DONE : NO_MEMORY;
 }
 
