@@ -80,13 +80,40 @@ def test_splits_fill_the_device_but_keep_whole_steps():
 
 
 def test_hopper_settings_are_valid():
-    from kbit.kernels.cuda.linear_4bit import FOLDER, Config
+    from kbit.kernels.cuda.linear_4bit import FOLDER, Config, with_scales
 
     rules = json.loads((FOLDER / "hopper.json").read_text())["linear_4bit"]
     assert [r["max_m"] for r in rules] == sorted(r["max_m"] for r in rules)
     for rule in rules:
         fields = {key: value for key, value in rule.items() if key not in ("max_m", "max_n")}
-        assert Config(**fields).valid(), rule
+        config = Config(**fields)
+        assert (with_scales(config, 8192) if config.r else config).valid(), rule
+
+
+def test_the_kernel_of_few_tokens_serves_where_it_can(monkeypatch):
+    from kbit.kernels.cuda import linear_4bit as hopper
+
+    rules = json.loads((hopper.FOLDER / "hopper.json").read_text())["linear_4bit"]
+    monkeypatch.setattr(hopper, "_rules", lambda device: (rules, 132))
+    hopper.choose_config.cache_clear()
+    for m, n, k, few, served in [
+        (1, 28672, 8192, True, True),
+        (1, 28672, 8192, False, False),  # scales that are no rows of bytes, or experts
+        (8, 14336, 4096, True, True),
+        (16, 28672, 4096, True, True),
+        (1, 28672, 65536, True, False),  # scales that shared memory has no room for
+        (17, 28672, 8192, True, False),
+        (5000, 4096, 4096, True, False),
+    ]:
+        config = hopper.choose_config(0, m, n, k, few=few)
+        assert config.valid() and (config.r > 0) == served, (m, n, k, config)
+        if served:  # a thread block's part of K, wherever in 16 bytes of scales it begins
+            stages = -(-k // config.ks // config.cluster)
+            assert 4 * config.scales >= stages and config.scales % 2
+    hopper.choose_config.cache_clear()
+    assert hopper.rows_of_scales(True, 64, 4096, 512)
+    assert not hopper.rows_of_scales(False, 64, 4096, 512) and not hopper.rows_of_scales(True, 128, 4096, 512)
+    assert not hopper.rows_of_scales(True, 64, 4160, 512) and not hopper.rows_of_scales(True, 64, 4096, 520)
 
 
 def test_what_the_hopper_kernel_quantizes():
@@ -161,7 +188,7 @@ def test_the_settings_that_the_gpu_test_runs_are_valid():
     import ast
     from pathlib import Path
 
-    from kbit.kernels.cuda.linear_4bit import Config
+    from kbit.kernels.cuda.linear_4bit import Config, with_scales
 
     source = Path(__file__).with_name("test_gpu.py").read_text()
     calls = [
@@ -172,7 +199,7 @@ def test_the_settings_that_the_gpu_test_runs_are_valid():
     assert len(calls) >= 7
     for call in calls:
         config = eval(ast.unparse(call), {"Config": Config})
-        assert config.valid(), ast.unparse(call)
+        assert (with_scales(config, 8192) if config.r else config).valid(), ast.unparse(call)
 
 
 def test_every_backend_says_why():

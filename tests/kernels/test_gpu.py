@@ -77,7 +77,7 @@ def test_results_repeat_bit_for_bit():
 def test_every_hopper_setting():
     if cuda.why_not():
         pytest.skip(cuda.why_not())
-    from kbit.kernels.cuda.linear_4bit import Config, linear_4bit
+    from kbit.kernels.cuda.linear_4bit import Config, linear_4bit, with_scales
 
     settings = [
         Config(8, 1, 1, 256, 3, 1, 2),
@@ -92,17 +92,27 @@ def test_every_hopper_setting():
         Config(8, 1, 3, 256, 6, 1, 1, rw=48),
         Config(64, 2, 2, 128, 6, 2, 1, False, 112, rw=56),
     ]
+    few = [
+        Config(8, 2, 4, 256, 4, 1, 1, r=4),
+        Config(16, 7, 2, 256, 3, 2, 1, r=2),
+        Config(8, 4, 2, 256, 3, 4, 1, r=2),
+        Config(32, 2, 4, 256, 3, 1, 1, r=2),
+    ]
     assert all(config.valid() for config in settings)
     for dtype in (torch.bfloat16, torch.float16):
         for n, k, block_size, nested in [
             (64, 64, 64, True),
             (200, 1088, 64, True),
             (515, 4096, 128, False),
+            (515, 5120, 64, True),
             (130, 8192, 4096, True),
+            (300, 1024, 64, True),
         ]:
             weight, exact = quantized(n, k, "nf4", block_size, nested)
             bias = torch.randn(n, device="cuda", dtype=dtype)
-            for config in settings:
+            by_row = nested and block_size == 64 and k % 1024 == 0
+            for config in settings + [with_scales(c, k) for c in few if by_row]:
+                assert config.valid(), config
                 for m in (1, 5, config.nt, config.nt + 3):
                     x = torch.randn(m, k, device="cuda", dtype=dtype)
                     out = linear_4bit(x, *weight, bias, "nf4", block_size, n, config)

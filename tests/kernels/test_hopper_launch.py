@@ -40,7 +40,9 @@ def driver(monkeypatch):
     monkeypatch.setattr(compiler, "driver", lambda: driver)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # where CPU tensors say they are
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
-    monkeypatch.setattr(hopper, "choose_config", lambda device, m, n, k, weights=(): hopper.Config(8, 2, 2, 256, 4, 2))
+    monkeypatch.setattr(
+        hopper, "choose_config", lambda device, m, n, k, *rest, **few: hopper.Config(8, 2, 2, 256, 4, 2)
+    )
 
     def load(device, config, *kind):
         function = ctypes.c_void_p(1)

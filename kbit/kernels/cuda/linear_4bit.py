@@ -37,24 +37,36 @@ class Config:
     acc_scale: bool = True
     registers: int = 0
     rw: int = 64
+    r: int = 0
+    scales: int = 0
+
+    @property
+    def source(self) -> str:
+        """The kernel: of few tokens, where a warp has `r` tiles of 16 rows, or the one with warpgroups."""
+        return "linear_4bit_few" if self.r else "linear_4bit"
 
     @property
     def rows(self) -> int:
-        return self.rw * self.wr
+        return 16 * self.r * self.wr if self.r else self.rw * self.wr
 
     @property
     def threads(self) -> int:
+        if self.r:
+            return 32 * self.wr * self.wk + 32
         return 128 * self.wr * self.wk + (128 if self.registers else 32)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: stages, pair table, dynamic map, barriers; the epilogue's buffer reuses them."""
         stages = self.stages * (self.rows * self.ks // 2 + self.nt * self.ks * 2)
-        main = stages + 65536 + 1024 + 16 * self.stages
+        main = stages + 65536 + 1024 + 16 * self.stages + self.scales * 16 * self.rows
         return 1024 + max(main, self.wk * self.nt * (self.rows + 4) * 4)
 
     def valid(self) -> bool:
         """Whether the kernel compiles with these and fits a multiprocessor."""
+        if self.r:
+            fits = self.threads <= 1024 and self.shared_bytes <= _SHARED_LIMIT // self.ctas and self.rows <= 256
+            return fits and self.ks == 256 and 4 % self.wk == 0 and self.scales % 2 == 1
         # A warpgroup holds one stage while it waits for its next one; other numbers of stages would deadlock.
         turns = self.stages % self.wk == 0 and self.stages >= 2 * self.wk and (self.wk == 1 or self.ks > 64)
         # Consumers take registers over from the 128 threads of the producer, which keep 32; asking for more hangs.
@@ -95,6 +107,8 @@ def settings(
         "WEIGHTS": weights,
         "NT": config.nt,
         "RW": config.rw,
+        "R": config.r,
+        "SCALES": config.scales,
         "WR": config.wr,
         "WK": config.wk,
         "KS": config.ks,
@@ -167,7 +181,7 @@ _lock = threading.Lock()
 @functools.cache
 def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool, grouped: bool) -> compiler.Launcher:
     macros, headers = settings(config, name, dtype, nested, grouped)
-    code = compiler.cubin("linear_4bit", "sm_90a", macros, headers)
+    code = compiler.cubin(config.source, "sm_90a", macros, headers)
     function = compiler.load(code, "linear_4bit", config.shared_bytes)
     return compiler.Launcher(function, _Arguments, config.threads, config.shared_bytes)
 
@@ -183,12 +197,13 @@ def _plan(
     nested: bool,
     config: Config | None,
     experts: int,
+    scales_by_row: bool,
 ) -> tuple[compiler.Launcher, tuple[int, int, int], tuple[int, int], tuple[int, int]]:
     """(loaded kernel, grid, box of W's codes, box of x) of a product on the current device; compiled at first use.
-    experts: 0 for one weight."""
+    experts: 0 for one weight. scales_by_row: of `rows_of_scales`."""
     if config is None and experts:  # tiles with room for twice an expert's share, as many as experts can have rows
         config = choose_config(device, min(m, 2 * -(-m // experts)), n * min(m, experts), k)
-    config = config or choose_config(device, m, n, k)
+    config = config or choose_config(device, m, n, k, few=scales_by_row)
     with _lock:
         launcher = _load(device, config, name, dtype, nested, experts > 0)
     # Of rows of experts: the most tiles that there can be, nobody's rows included.
@@ -208,13 +223,18 @@ def _rules(device: int) -> tuple[list[dict[str, Any]], int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_config(device: int, m: int, n: int, k: int, weights: tuple[int, ...] = ()) -> Config:
+def choose_config(device: int, m: int, n: int, k: int, weights: tuple[int, ...] = (), few: bool = False) -> Config:
     """The settings for a product: the first rule of tuned/hopper.json with room for M and N. weights: the rows of each,
-    where N is those of several."""
+    where N is those of several. few: whether the kernel of few tokens may serve (`rows_of_scales`, no experts)."""
     rules, processors = _rules(device)
-    rule = next((r for r in rules if m <= r["max_m"] and n <= r.get("max_n", n)), rules[-1])
-    config = Config(**{key: value for key, value in rule.items() if key not in ("max_m", "max_n")})
-    return share_out(config, m, weights or (n,), k, processors)
+    for rule in [*rules, rules[-1] | {"max_m": m}]:
+        if ("r" not in rule or few) and m <= rule["max_m"] and n <= rule.get("max_n", n):
+            config = Config(**{key: value for key, value in rule.items() if key not in ("max_m", "max_n")})
+            config = share_out(config, m, weights or (n,), k, processors)
+            config = with_scales(config, k) if config.r else config
+            if config.valid() or "r" not in rule:
+                break
+    return config
 
 
 def share_out(config: Config, m: int, n: tuple[int, ...], k: int, processors: int) -> Config:
@@ -234,6 +254,20 @@ def share_out(config: Config, m: int, n: tuple[int, ...], k: int, processors: in
         if work < least:
             best, least = found, work
     return best
+
+
+def rows_of_scales(nested: bool, block_size: int, k: int, absmax: int) -> bool:
+    """Whether the scales are rows of bytes on 16-byte boundaries, as the kernel of few tokens needs them. absmax: their
+    address."""
+    return nested and block_size == 64 and k % 1024 == 0 and absmax % 16 == 0
+
+
+def with_scales(config: Config, k: int) -> Config:
+    """`config` of the kernel of few tokens with room for the scales of a thread block's part of K, which may begin
+    within 16 bytes of a row, those of four stages."""
+    stages = -(-k // (config.ks * config.cluster))
+    chunks = -(-(stages + (3 if config.cluster > 1 and stages % 4 else 0)) // 4)
+    return dataclasses.replace(config, scales=chunks | 1)
 
 
 def linear_4bit(
@@ -263,18 +297,20 @@ def linear_4bit(
         rows, stride = rows.contiguous(), k
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            scales = (absmax, nested_absmax, nested_offset)
-            return linear_4bit(x, weight, *scales, bias, name, block_size, n, config, offsets)
+            parts = (absmax, nested_absmax, nested_offset)
+            return linear_4bit(x, weight, *parts, bias, name, block_size, n, config, offsets)
     out = x.new_empty((*x.shape[:-1], n))
     dtype, nested = x.dtype, nested_absmax is not None
     experts = 0 if offsets is None else offsets.shape[0]
-    launcher, grid, box_w, box_x = _plan(device, m, n, k, name, dtype, nested, config, experts)
+    scales = absmax.data_ptr()
+    by_row = rows_of_scales(nested, block_size, k, scales)
+    launcher, grid, box_w, box_x = _plan(device, m, n, k, name, dtype, nested, config, experts, by_row)
     all_rows = n * experts if experts else n
     map_w = _encode_cached(weight.data_ptr(), _UINT8, k // 2, all_rows, k // 2, box_w, _SWIZZLE[box_w[0]])
     kind = _FLOAT16 if dtype == torch.float16 else _BFLOAT16
     map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, box_x, 3)
     values = (
-        absmax.data_ptr(),
+        scales,
         0 if nested_absmax is None else nested_absmax.data_ptr(),
         0 if nested_offset is None else nested_offset.data_ptr(),
         0 if bias is None else bias.data_ptr(),

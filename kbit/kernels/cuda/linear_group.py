@@ -50,7 +50,7 @@ def _load_4bit(
     device: int, config: four.Config, name: str, dtype: torch.dtype, nested: bool, count: int
 ) -> compiler.Launcher:
     macros, headers = four.settings(config, name, dtype, nested, weights=count)
-    code = compiler.cubin("linear_4bit", "sm_90a", macros, headers)
+    code = compiler.cubin(config.source, "sm_90a", macros, headers)
     function = compiler.load(code, "linear_4bit", config.shared_bytes)
     return compiler.Launcher(function, _structures(count)[1], config.threads, config.shared_bytes)
 
@@ -64,10 +64,10 @@ def _load_8bit(device: int, config: eight.Config, fp16: bool, count: int) -> com
 
 @functools.lru_cache(maxsize=4096)
 def _plan_4bit(
-    device: int, m: int, n: tuple[int, ...], k: int, name: str, dtype: torch.dtype, nested: bool
+    device: int, m: int, n: tuple[int, ...], k: int, name: str, dtype: torch.dtype, nested: bool, scales_by_row: bool
 ) -> tuple[compiler.Launcher, four.Config]:
     """(loaded kernel, settings); the settings are those of one weight with as many rows as all of them."""
-    config = four.choose_config(device, m, sum(n), k, n)
+    config = four.choose_config(device, m, sum(n), k, n, scales_by_row)
     return _load_4bit(device, config, name, dtype, nested, len(n)), config
 
 
@@ -153,7 +153,8 @@ def linear_4bit_group(
 
     def plan(device: int, m: int) -> tuple[compiler.Launcher, four.Config, int]:
         if config is None:
-            launcher, found = _plan_4bit(device, m, tuple(n), k, name, x.dtype, nested)
+            by_row = all(four.rows_of_scales(nested, block_size, k, one.data_ptr()) for one in absmax)
+            launcher, found = _plan_4bit(device, m, tuple(n), k, name, x.dtype, nested, by_row)
         else:
             launcher, found = _load_4bit(device, config, name, x.dtype, nested, len(n)), config
         return launcher, found, found.ks // 2
