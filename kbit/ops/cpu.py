@@ -18,7 +18,7 @@ from torch import Tensor
 from kbit.formats import blocks, double
 from kbit.formats.spec import NESTED_BLOCK_SIZE
 from kbit.ops import choose, reference
-from kbit.ops.schemas import check_weight, library, tokens
+from kbit.ops.schemas import check_weight, library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Scales = Sequence[Tensor | None]
@@ -224,16 +224,20 @@ def linear_8bit(  # type: ignore[no-untyped-def]
     x, weight, absmax, bias, outlier_threshold, int8_activations=None
 ) -> Tensor:
     native = kernels("linear_8bit") if x.dtype in _DTYPES else None
-    m = tokens(x)
-    path = choose.linear_8bit_path("cpu", m, int8_activations)
-    if native is None or not x.numel() or weight.shape[-1] > reference.INT32_K:
+    n, k = weight.shape
+    if native is None or not x.numel() or k > reference.INT32_K:
         return reference.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
-    n = weight.shape[0]
-    torch._check(absmax.numel() == n, lambda: f"an int8 weight of {n} rows has {n} scales, got {absmax.numel()}")
-    torch._check(bias is None or bias.numel() == n, lambda: f"an int8 weight of {n} rows takes a bias [{n}]")
-    if path == "weight_only" and m > choose.CPU_FUSED_INT8_TOKENS:
+    m = x.numel() // x.shape[-1]
+    path = choose.linear_8bit_path("cpu", m, int8_activations)
+    if absmax.numel() != n:
+        raise RuntimeError(f"an int8 weight of {n} rows has {n} scales, got {absmax.numel()}")
+    if bias is not None and bias.numel() != n:
+        raise RuntimeError(f"an int8 weight of {n} rows takes a bias [{n}]")
+    if x.shape[-1] != k:
+        raise RuntimeError(f"an int8 weight [{n}, {k}] takes input of {k} features, got shape {list(x.shape)}")
+    if path == "weight_only" and m > choose.cpu_fused_int8_tokens(native.vnni()):
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
-    most_outliers = choose.llm_int8_outliers("cpu", m, weight.shape[-1])
+    most_outliers = choose.llm_int8_outliers("cpu", m, k)
     out = native.linear_8bit(x, weight, absmax, bias, outlier_threshold, path == "llm_int8", most_outliers)
     if out is None:
         return reference.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)

@@ -131,6 +131,8 @@ def test_layouts():
     want = linear_8bit(x, every[::2].contiguous(), absmax, None, 6.0)
     close(linear_8bit(x, every[::2], absmax, None, 6.0), want)
     assert linear_8bit(x[:0], codes, absmax, bias, 6.0).shape == (0, 40)
+    with pytest.raises(RuntimeError):
+        linear_8bit(x[:, :95], codes, absmax, bias, 6.0)
     assert linear_8bit(x, codes[:0], absmax[:0], None, 6.0, True).shape == (6, 0)
 
 

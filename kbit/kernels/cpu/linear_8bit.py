@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import math
+import struct
 
 import torch
 from torch import Tensor
 
-from kbit.kernels.cpu import library
-from kbit.kernels.cpu.library import DTYPES
+from kbit.kernels.cpu.library import DTYPES, function, library
 
 _DONE, _NO_MEMORY = 0, 1
 
+# struct Task of linear_8bit.cpp: x, W, absmax, bias, out; m, n, k, most_outliers; threshold; dtype, mode and threads.
+# Packed bytes cost a fifth of a ctypes.Structure.
+_TASK = struct.Struct("@5P4qf3i")
 
-class _Task(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "w", "absmax", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("m", "n", "k", "most_outliers")),
-        ("threshold", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("dtype", "mode", "threads")),
-    ]
+
+def vnni() -> bool:
+    """Whether integer products run on AVX512-VNNI."""
+    return library().level.startswith("avx512")
 
 
 def linear_8bit(
@@ -40,15 +39,20 @@ def linear_8bit(
     machine without fast integer products. Raises MemoryError.
     """
     n, k = weight.shape
-    x, weight, absmax = x.contiguous(), weight.contiguous(), absmax.contiguous()
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    task = _Task(
-        *(x.data_ptr(), weight.data_ptr(), absmax.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(out.data_ptr(), math.prod(x.shape[:-1]), n, k, most_outliers, threshold),
-        *(DTYPES[x.dtype], int(quantize_x), torch.get_num_threads()),
-    )
-    result = library.function("kbit_linear_8bit", (ctypes.POINTER(_Task),), ctypes.c_int32)(task)
+    # Asking first costs less than the call.
+    x = x if x.is_contiguous() else x.contiguous()
+    weight = weight if weight.is_contiguous() else weight.contiguous()
+    absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
+    bias_at = 0
+    if bias is not None:
+        bias = (bias if bias.dtype == x.dtype else bias.to(x.dtype)).contiguous()
+        bias_at = bias.data_ptr()
+    m = x.numel() // k
+    out = x.new_empty((*x.shape[:-1], n))
+    pointers = (x.data_ptr(), weight.data_ptr(), absmax.data_ptr(), bias_at, out.data_ptr())
+    settings = (threshold, DTYPES[x.dtype], quantize_x, torch.get_num_threads())
+    task = _TASK.pack(*pointers, m, n, k, most_outliers, *settings)
+    result = function("kbit_linear_8bit", (ctypes.c_char_p,), ctypes.c_int32)(task)
     if result == _NO_MEMORY:
-        raise MemoryError(f"no memory for the activations of a product of {math.prod(x.shape[:-1])} tokens")
+        raise MemoryError(f"no memory for the activations of a product of {m} tokens")
     return out if result == _DONE else None
