@@ -170,8 +170,8 @@ def linear_4bit_cpu_path(m: int, k: int, block_size: int, dtype: torch.dtype, am
 
 
 def cpu_slice_rows(m: int, dtype: torch.dtype) -> int:
-    """Rows of W in a slice: torch's fp32 product packs x anew for each, so that many tokens want few slices."""
-    return 1024 if dtype == torch.float32 and m >= 512 else 256
+    """Rows of W in a slice: torch's product packs x anew for each, so that many tokens want few slices."""
+    return 1024 if m >= (512 if dtype == torch.float32 else 256) else 256
 
 
 def cpu_slice_columns(n: int, block_size: int, dtype: torch.dtype) -> int:
