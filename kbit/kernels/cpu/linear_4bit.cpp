@@ -360,9 +360,11 @@ bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, 
 
 template <class L, bool SMALL> bool product(const Task& t) {
     // Rows of W that a thread takes at a time: a multiple of MAX_N whose decoded depth stays in the L2 cache.
-    // Where W is decoded in registers, smaller units spread a small weight evenly.
     constexpr int64_t UNIT = 48;
-    int64_t unit = L::FUSED && t.m <= 8 ? min_of(UNIT, (t.n1 - t.n0) / (16 * t.threads) / 4 * 4 + 8) : UNIT;
+    // Where W is decoded in registers, long units: the first rows of each come from memory without having been fetched ahead.
+    constexpr int64_t FUSED_TOKENS = sizeof(typename L::Elem) == 2 ? 8 : 4;
+    bool fused = L::FUSED && t.m <= FUSED_TOKENS;
+    int64_t unit = fused ? 8 + (t.n1 - t.n0) / (16 * t.threads) / 4 * 4 : UNIT;
     int64_t ldx = (t.w.k + L::CHUNK - 1) / L::CHUNK * L::CHUNK;
     auto* x = static_cast<typename L::Elem*>(packed_x.get(size_t(t.m * ldx) * sizeof(typename L::Elem)));
     if (!x) return false;
