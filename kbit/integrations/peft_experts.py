@@ -23,12 +23,12 @@ _SINGLE_EXPERT_NAMES = frozenset({"w1", "w2", "w3", "gate_proj", "up_proj", "dow
 
 
 def inject_adapter(
-    original: Callable[..., Any], tuner: Any, model: nn.Module, name: str, *args: Any, **kwargs: Any
+    original: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Refuse targets that are quantized experts, before PEFT has changed anything of the model."""
     experts = _packed(model)
     if experts:
-        config = tuner.peft_config[name]
+        config = tuner.peft_config[adapter_name]
         _refuse(config, model, experts)
         targets = getattr(config, "target_modules", None)
         if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -38,7 +38,7 @@ def inject_adapter(
                 next(iter(experts)),
                 len(experts) - 1,
             )
-    return original(tuner, model, name, *args, **kwargs)
+    return original(tuner, model, adapter_name, *args, **kwargs)
 
 
 def convert_config(original: Callable[..., None], config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -81,14 +81,16 @@ def _candidates(graph: Graph) -> Iterator[list[Node]]:
     """Products of one stretch between writes that share x and their format; two and more."""
     found: dict[Hashable, list[Node]] = {}
     stretch = 0
+    stretches: dict[Node, int] = {}  # of every node, in which stretch its value was read
     for node in graph.nodes:
+        stretches[node] = stretch
         if node.op != "call_function":
             continue
         kind = _KINDS.get(node.target)
         if kind is not None:
             arguments = _arguments(node)
             if len(arguments) == kind.count and not node.kwargs and _few_tokens(node):
-                key = (stretch, node.target, _value(arguments[0]), kind.shared(arguments))
+                key = (stretch, node.target, _value(arguments[0], stretches), kind.shared(arguments))
                 found.setdefault(key, []).append(node)
         elif _writes(node):
             stretch += 1
@@ -120,12 +122,13 @@ def _few_tokens(node: Node) -> bool:
     return rows <= choose.GROUP_TOKENS
 
 
-def _value(node: Any) -> Hashable:
-    """The same for two nodes that are the same casts and views of one tensor: each layer may cast its own x."""
+def _value(node: Any, stretches: dict[Node, int]) -> Hashable:
+    """The same for two nodes that are the same casts and views of one tensor between the same writes: each layer may
+    cast its own x."""
     if not isinstance(node, Node) or node.target not in _CASTS:
         return node
     options = tuple((key, str(value)) for key, value in sorted(node.kwargs.items()))
-    return (node.target, _value(node.args[0]), str(node.args[1:]), options)
+    return (node.target, stretches[node], _value(node.args[0], stretches), str(node.args[1:]), options)
 
 
 def _hoist(member: Node, first: Node, position: dict[Node, float]) -> bool:

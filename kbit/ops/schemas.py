@@ -114,6 +114,29 @@ def check_weight(weight: Tensor, n: int, k: int) -> None:
     )
 
 
+def check_linear_4bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, block_size: int, n: int) -> None:
+    """Raise RuntimeError where kernels, which go by n and x, would read beyond the weight, its scales or the bias."""
+    k = x.shape[-1]
+    if weight.numel() != (n * k + 1) // 2:
+        check_weight(weight, n, k)
+    blocks = -(-n * k // block_size)
+    if absmax.numel() != blocks:
+        raise RuntimeError(f"a 4-bit weight [{n}, {k}] has {blocks} scales of {block_size}, got {absmax.numel()}")
+    if bias is not None and bias.numel() != n:
+        raise RuntimeError(f"a 4-bit weight of {n} rows takes a bias [{n}], got {list(bias.shape)}")
+
+
+def check_linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    """The same for an int8 weight `[N, K]`."""
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise RuntimeError(f"x has {x.shape[-1]} features, the weight {k}")
+    if absmax.numel() != n:
+        raise RuntimeError(f"an int8 weight of {n} rows has {n} scales, got {absmax.numel()}")
+    if bias is not None and bias.numel() != n:
+        raise RuntimeError(f"an int8 weight of {n} rows takes a bias [{n}], got {list(bias.shape)}")
+
+
 @_fake
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):
     check_weight(weight, n, x.shape[-1])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kbit.formats import blocks
 from kbit.ops import choose, cuda, experts, reference
-from kbit.ops.schemas import library, tokens
+from kbit.ops.schemas import check_linear_4bit, check_linear_8bit, library, tokens
 
 # torch's name for the kernels of NVIDIA and AMD GPUs, and of Intel's.
 DISPATCH_KEYS = ("CUDA", "XPU")
@@ -60,6 +60,7 @@ def dequantize_4bit(codes, absmax, nested_absmax, nested_offset, codebook, block
 
 
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    check_linear_4bit(x, weight, absmax, bias, block_size, n)
     kernel = _kernel("linear_4bit")
     if kernel is None or x.dtype not in _DTYPES:
         return reference.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
@@ -79,6 +80,8 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
 
 def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
     arguments = (x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    for one, scales, own, rows in zip(weight, absmax, bias, n, strict=True):
+        check_linear_4bit(x, one, scales, own, block_size, rows)
     alike = len({one is None for one in nested_absmax}) == 1
     if _kernel("linear_4bit") is not None and x.dtype in _DTYPES and alike:
         m, k, aligned = tokens(x), x.shape[-1], all(cuda.aligned(x, one) for one in weight)
@@ -118,6 +121,7 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
 def linear_8bit(  # type: ignore[no-untyped-def]
     x, weight, absmax, bias, outlier_threshold, int8_activations=None
 ) -> Tensor:
+    check_linear_8bit(x, weight, absmax, bias)
     m, (n, k) = tokens(x), weight.shape
     path = choose.linear_8bit_path(x.device.type, m, int8_activations)
     few = path == "weight_only"
@@ -141,6 +145,8 @@ def linear_8bit(  # type: ignore[no-untyped-def]
 def linear_8bit_group(  # type: ignore[no-untyped-def]
     x, weight, absmax, bias, outlier_threshold, int8_activations=None
 ) -> list[Tensor]:
+    for one, scales, own in zip(weight, absmax, bias, strict=True):
+        check_linear_8bit(x, one, scales, own)
     m, n = tokens(x), [one.shape[0] for one in weight]
     if _kernel("linear_8bit") is not None and x.dtype in _DTYPES:
         aligned = all(cuda.aligned(x, one) for one in weight)

@@ -48,6 +48,8 @@ def load_groups(
         raise ValueError(f"loaded state dict has {len(saved)} parameter groups, this optimizer {len(own)}")
     groups = []
     for number, (group, other) in enumerate(zip(own, saved, strict=True)):
+        if not isinstance(other, dict) or "params" not in other:
+            raise ValueError(f"parameter group {number} of the loaded state dict has no 'params'")
         if len(group["params"]) != len(other["params"]):
             raise ValueError(
                 f"parameter group {number}: loaded state dict has {len(other['params'])} parameters, this optimizer "
@@ -63,6 +65,10 @@ def load_groups(
         for key in ("maximize", "amsgrad"):
             if key not in group:
                 kept.pop(key, None)
+        try:
+            optimizer._check({**group, **kept})
+        except ValueError as error:
+            raise ValueError(f"parameter group {number} of the loaded state dict: {error}") from None
         groups.append({**group, **kept})
     return groups
 
@@ -77,6 +83,8 @@ def _check_algorithm(
     """
     name, kind = type(optimizer).__name__, optimizer.algorithm
     source = saved.get(ALGORITHM_KEY)
+    if source is not None and not isinstance(source, str):
+        raise ValueError(f"parameter group {number}: {ALGORITHM_KEY} must be a name, got {source!r}")
     if source is None and "decoupled_weight_decay" in saved and kind in ("adam", "adamw"):
         source = "adamw" if saved["decoupled_weight_decay"] else "adam"
     if source is not None:
@@ -91,7 +99,7 @@ def _check_algorithm(
     of_bitsandbytes = "betas" in saved and not {"amsgrad", "maximize", "foreach"} & saved.keys()
     if of_bitsandbytes or "optim_bits" in saved:
         return  # or ours, from before the algorithm was saved
-    needed = set(own) - {*structure, *_OPTIONAL, "params", "param_names", "initial_lr"}
+    needed = set(own) & set(optimizer.defaults) - {*structure, *_OPTIONAL, "params", "param_names", "initial_lr"}
     missing, foreign = sorted(needed - set(saved)), sorted(_HYPERPARAMETERS & set(saved) - set(own))
     if missing or foreign or kind not in _OF_TORCH:
         known = sorted(set(saved) - {*_IGNORED, "params", "param_names"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def check(config: Mapping[str, Any], algorithm: str) -> None:
     if config["optim_bits"] not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, not {config['optim_bits']!r}")
     size = config["min_8bit_size"]
-    if not isinstance(size, int) or size < 0:
+    if not isinstance(size, Integral) or size < 0:
         raise ValueError(f"invalid min_8bit_size: {size!r} (must be a whole number of elements)")
     if config["stochastic_rounding"] and config["kahan"]:
         raise ValueError("stochastic_rounding and kahan exclude each other: choose one")
@@ -111,6 +111,8 @@ def parse_betas(betas: Any, count: int) -> tuple[float, ...]:
             values = tuple(float(beta) for beta in betas.strip("()[] ").split(","))
         except ValueError:
             raise ValueError(f"invalid betas: {betas!r} (must be {count} numbers, such as (0.9, 0.999))") from None
+    elif isinstance(betas, Iterable) and not isinstance(betas, (list, tuple)):
+        values = tuple(betas)
     _check_betas(values, count)
     return tuple(float(beta) for beta in values)
 

@@ -300,3 +300,20 @@ def test_backend_on_a_llama(backend):
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     assert seen.graphs == [(4, 4)]  # q, k, v and gate, up of each layer; o and down by themselves
+
+
+def test_casts_on_two_sides_of_a_write_are_two_inputs():
+    graph = torch.fx.Graph()
+    x, other = graph.placeholder("x"), graph.placeholder("other")
+    cast = torch.ops.prims.convert_element_type.default
+
+    def product(index, given):
+        parts = [f"{index}.{name}" for name in ("weight", "absmax", "nested_absmax", "nested_offset")]
+        arguments = [graph.get_attr(name) for name in parts]
+        return graph.call_function(torch.ops.kbit.linear_4bit.default, (given, *arguments, None, "nf4", 64, 32))
+
+    first = graph.call_function(cast, (x, torch.float32))
+    graph.call_function(torch.ops.aten.copy_.default, (x, other))
+    second = graph.call_function(cast, (x, torch.float32))
+    graph.output((product(0, first), product(1, second)))
+    assert group_products(graph) == 0

@@ -171,3 +171,33 @@ def test_fp32_scales_and_their_bits_are_the_same():
     floats, _ = weight_4bit(8, 64, bits=False)
     x = torch.randn(4, 64)
     assert torch.equal(call(x, parts), call(x, floats))
+
+
+def test_a_compiler_of_backward_passes_traces_the_rules():
+    """Version counters are not looked at there: reading them would break its graph at every layer."""
+    from torch._dynamo import compiled_autograd
+    from torch._dynamo.utils import counters
+
+    parts, w = weight_4bit(8, 64)
+    x = torch.randn(4, 64, requires_grad=True)
+    counters.clear()
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        call(x, parts).sum().backward()
+    assert not counters["graph_break"]
+    close(x.grad, torch.ones(4, 8, dtype=torch.float64) @ w.double(), torch.float32)
+
+
+def test_gpu_operators_refuse_shapes_that_do_not_fit():
+    from kbit.ops import triton
+
+    parts, _ = weight_4bit(8, 64, "nf4-plain")
+    x = torch.randn(2, 64)
+    for wrong in ((torch.randn(2, 128), *parts), (x, parts[0], parts[1][:-1], *parts[2:])):
+        with pytest.raises(RuntimeError, match="a 4-bit weight"):
+            triton.linear_4bit(*wrong, None, "nf4", 64, 8)
+    with pytest.raises(RuntimeError, match="takes a bias"):
+        triton.linear_4bit_group(x, [parts[0]], [parts[1]], [None], [None], [torch.zeros(7)], "nf4", 64, [8])
+    codes, scales = torch.zeros(8, 64, dtype=torch.int8), torch.ones(8)
+    for wrong in ((torch.randn(2, 128), codes, scales, None), (x, codes, scales[:7], None), (x, codes, scales, x[0])):
+        with pytest.raises(RuntimeError, match=r"features|scales|bias"):
+            triton.linear_8bit(*wrong, 6.0)

@@ -446,3 +446,35 @@ def test_fp32_states_stay_fp32_for_bf16_parameters_on_load():
     other.load_state_dict(opt.state_dict())
     assert other.state[p]["exp_avg"].dtype == torch.float32
     assert torch.equal(other.state[p]["exp_avg_sq"], opt.state[p]["exp_avg_sq"])
+
+
+def test_what_groups_hold_beside_settings_does_not_make_another_algorithm():
+    """A name, and what a scheduler adds, are in the live groups but not in a checkpoint of torch.optim."""
+    there = [torch.nn.Parameter(torch.randn(4, 4))]
+    saved = torch.optim.AdamW(there, lr=1e-3)
+    there[0].grad = torch.ones(4, 4)
+    saved.step()
+    mine = optim.AdamW([{"params": [torch.nn.Parameter(torch.randn(4, 4))], "name": "decay"}], lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(mine, max_lr=0.1, total_steps=10)
+    mine.load_state_dict(saved.state_dict())
+    assert mine.param_groups[0]["name"] == "decay"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"betas": (2.0, 0.9)}, {"eps": float("nan")}, {"weight_decay": "x"}, {"algorithm": ["adamw"]}],
+)
+def test_settings_of_a_checkpoint_are_checked(wrong):
+    optimizer = optim.AdamW8bit([torch.nn.Parameter(torch.randn(4, 4))], lr=1e-3)
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(wrong)
+    with pytest.raises(ValueError, match="parameter group 0"):
+        optimizer.load_state_dict(state)
+    del state["param_groups"][0]["params"]
+    with pytest.raises(ValueError, match="'params'"):
+        optimizer.load_state_dict(state)
+
+
+def test_betas_may_come_from_an_iterator():
+    optimizer = optim.AdamW([torch.nn.Parameter(torch.randn(4, 4))], lr=1e-3, betas=iter((0.8, 0.95)))
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)

@@ -1,4 +1,4 @@
-// Products of 65 tokens and more with a 4-bit weight on Hopper, where the tensor cores set the time.
+// Products of more than 128 tokens with a 4-bit weight on Hopper, where the tensor cores set the time.
 //
 //   out[M, N] = x[M, K] W[N, K]^T + bias, W in NF4 or FP4 (row layout, blocks of 64 and up), x in bf16 or fp16
 //

@@ -20,6 +20,9 @@ _THREADS = 384
 # From GATHER_TOKENS tokens on, up to _CAPACITY outlier columns are put side by side.
 GATHER_TOKENS = 512
 _CAPACITY, _GATHER_ROWS = 256, 32
+# A copy of W in 16 bits is set aside for the case of too many outlier columns; above this many weights (512 MiB) their
+# codes are turned into 16 bits inside the product, as they are at fewer tokens.
+_MOST_WIDENED = 2**28
 _WIDE = _BK // 2  # columns of a stage when all of them are multiplied in 16 bits
 MAX_K = 32768  # columns that the kernel's bit mask has room for
 
@@ -248,7 +251,7 @@ def _plan(device: int, m: int, n: int, k: int, fp16: bool, marked: bool, config:
     # One allocation: codes [M, K], flags [K], row scales [M]; K is a multiple of 16, so each starts on such a boundary.
     # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY], which is
     # W in 16 bits [N, K] where they are too many.
-    gathered = marked and m >= GATHER_TOKENS
+    gathered = marked and m >= GATHER_TOKENS and n * k <= _MOST_WIDENED
     rows_w = min(32, max(2, n // 512))  # blocks enough to fill the GPU, and few of them idle
     start = (m * k + k + 4 * m + 15) // 16 * 16
     return _Plan(
