@@ -38,6 +38,7 @@ class _QuantizedLinear(QuantizedModule, nn.Linear):
     @classmethod
     def _copy_of(cls, linear: nn.Linear, name: str | None, **options: Any) -> Self:
         """A layer of this class with `options` that holds the quantized weight of `linear`, and its bias Parameter."""
+        check_linear(cls, linear)
         where: dict[str, Any] = {"device": "meta", "dtype": linear.weight.dtype}
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **options, **where)
         layer.quantize_from(linear.weight, name)
@@ -51,6 +52,18 @@ class _QuantizedLinear(QuantizedModule, nn.Linear):
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{size}, {self._format_repr()}{compute}"
+
+
+def check_linear(cls: type, linear: nn.Module) -> None:
+    """TypeError unless `cls.from_linear` can take the weight of `linear`: floating point, one row an out feature."""
+    weight = getattr(linear, "weight", None)
+    if not hasattr(linear, "in_features") or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind, remedy = type(linear).__name__, ""
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            remedy = f" of {weight.dtype}; kbit.dequantize_model gives floating point layers back"
+        raise TypeError(
+            f"{cls.__name__}.from_linear takes a torch.nn.Linear with a floating point weight, got {kind}{remedy}"
+        )
 
 
 def check_features(x: Tensor, k: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit import ops
-from kbit.nn.linear import check_features
+from kbit.nn.linear import check_features, check_linear
 
 
 class SwitchBackLinear(nn.Linear):
@@ -37,7 +37,8 @@ class SwitchBackLinear(nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, outlier_threshold: float = 0.0, int8_gradient: bool = True
     ) -> SwitchBackLinear:
-        """A layer that shares the Parameters of `linear`."""
+        """A layer that shares the Parameters of `linear`. Raises TypeError where these are not floating point."""
+        check_linear(cls, linear)
         layer = cls(
             linear.in_features,
             linear.out_features,

@@ -234,7 +234,8 @@ def test_all_linear_means_the_linear_layers_that_are_there(make, tmp_path: Path,
     linear = attention | (shared if make is qwen2_moe else set())
     lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
     base = kbit.quantize_model(make(), kbit.KbitConfig(bits=4))
-    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**lora))
+    with caplog.at_level("WARNING", logger="kbit"):
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**lora))
     assert adapted(model) == linear
     assert "get no adapters" in caplog.text
     model.save_pretrained(tmp_path)

@@ -200,3 +200,17 @@ def test_training_an_adapter_beside_it():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0] and bits_of(layer) == before
+
+
+@pytest.mark.parametrize("kind", [kbit.Linear4bit, kbit.Linear8bit, kbit.SwitchBackLinear])
+def test_only_floating_point_linear_layers_are_quantized(kind):
+    """Codes taken for weights would give garbage."""
+    plain = torch.nn.Linear(64, 32)
+    for wrong in (
+        kbit.Linear8bit.from_linear(plain),
+        kbit.Linear4bit.from_linear(plain),
+        torch.nn.Conv2d(1, 1, 1),
+        None,
+    ):
+        with pytest.raises(TypeError, match="floating point weight"):
+            kind.from_linear(wrong)
