@@ -18,7 +18,7 @@ from torch import Tensor
 from kbit.formats import blocks, double
 from kbit.formats.spec import NESTED_BLOCK_SIZE
 from kbit.ops import choose, reference
-from kbit.ops.schemas import check_weight, library
+from kbit.ops.schemas import check_linear_8bit, check_weight, library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Scales = Sequence[Tensor | None]
@@ -224,17 +224,12 @@ def linear_8bit(  # type: ignore[no-untyped-def]
     x, weight, absmax, bias, outlier_threshold, int8_activations=None
 ) -> Tensor:
     native = kernels("linear_8bit") if x.dtype in _DTYPES else None
-    n, k = weight.shape
+    k = weight.shape[-1]
     if native is None or not x.numel() or k > reference.INT32_K:
         return reference.linear_8bit(x, weight, absmax, bias, outlier_threshold, int8_activations)
     m = x.numel() // x.shape[-1]
     path = choose.linear_8bit_path("cpu", m, int8_activations)
-    if absmax.numel() != n:
-        raise RuntimeError(f"an int8 weight of {n} rows has {n} scales, got {absmax.numel()}")
-    if bias is not None and bias.numel() != n:
-        raise RuntimeError(f"an int8 weight of {n} rows takes a bias [{n}]")
-    if x.shape[-1] != k:
-        raise RuntimeError(f"an int8 weight [{n}, {k}] takes input of {k} features, got shape {list(x.shape)}")
+    check_linear_8bit(x, weight, absmax, bias)
     if path == "weight_only" and m > choose.cpu_fused_int8_tokens(native.vnni()):
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
     most_outliers = choose.llm_int8_outliers("cpu", m, k)

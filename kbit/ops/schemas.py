@@ -130,7 +130,7 @@ def check_linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | 
     """The same for an int8 weight `[N, K]`."""
     n, k = weight.shape
     if x.shape[-1] != k:
-        raise RuntimeError(f"x has {x.shape[-1]} features, the weight {k}")
+        raise RuntimeError(f"an int8 weight [{n}, {k}] takes input of {k} features, got shape {list(x.shape)}")
     if absmax.numel() != n:
         raise RuntimeError(f"an int8 weight of {n} rows has {n} scales, got {absmax.numel()}")
     if bias is not None and bias.numel() != n:

@@ -11,6 +11,7 @@ import torch
 from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import linear_4bit as hopper
 from kbit.kernels.cuda import linear_group as group
+from kbit.kernels.cuda import operands
 
 
 class Driver:
@@ -49,10 +50,10 @@ def driver(monkeypatch):
         return compiler.Launcher(function, hopper._Arguments, config.threads, config.shared_bytes)
 
     monkeypatch.setattr(hopper, "_load", load)
-    for cached in (hopper._plan, hopper._encode_cached):
+    for cached in (hopper._plan, operands.encode_cached):
         cached.cache_clear()
     yield driver
-    for cached in (hopper._plan, hopper._encode_cached):
+    for cached in (hopper._plan, operands.encode_cached):
         cached.cache_clear()
 
 

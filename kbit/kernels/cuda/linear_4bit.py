@@ -7,20 +7,17 @@ import dataclasses
 import functools
 import json
 import struct
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import compile as compiler
+from kbit.kernels.cuda.operands import SWIZZLE, UINT8, TensorMap, as_rows, encode_cached, half_kind, table_macros
 
 FOLDER = Path(__file__).parent / "tuned"
 _SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
-_UINT8, _FLOAT16, _BFLOAT16 = 0, 6, 9  # CUtensorMapDataType
-_SWIZZLE = {32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by bytes a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +69,8 @@ class Config:
         # Consumers take registers over from the 128 threads of the producer, which keep 32; asking for more hangs.
         entry = min(255, 65536 // self.ctas // self.threads // 8 * 8)
         spare = (entry * self.threads - 32 * 128) // (128 * self.wr * self.wk)
-        aligned = (
-            self.stages * self.rows * self.ks // 2 % 1024 == 0
-        )  # x, behind the codes, starts where its swizzle does
+        # x, behind the codes, starts where its swizzle does.
+        aligned = self.stages * self.rows * self.ks // 2 % 1024 == 0
         fits = self.threads <= 1024 and self.shared_bytes <= _SHARED_LIMIT // self.ctas
         return turns and fits and aligned and self.ks in (64, 128, 256) and self.registers <= spare
 
@@ -100,7 +96,6 @@ def settings(
 ) -> tuple[dict[str, object], dict[str, str]]:
     """(macros, headers) to compile the kernel with."""
     fp16 = dtype == torch.float16
-    bits = codebook(name).to(dtype).view(torch.int16).tolist()
     macros: dict[str, object] = {
         "FP16": int(fp16),
         "GROUPED": int(grouped),
@@ -115,50 +110,19 @@ def settings(
         "STAGES": config.stages,
         "CLUSTER": config.cluster,
         "CTAS": config.ctas,
-        "NESTED": int(nested),
         "ACC_SCALE": int(config.acc_scale),
         "REGISTERS": config.registers,
-        "CODEBOOK": ",".join(str(b & 0xFFFF) for b in bits),
+        **table_macros(name, dtype, nested),
     }
-    if nested:
-        macros["DYNAMIC_MAP"] = ",".join(f"{float(v).hex()}f" for v in codebook("dynamic8"))
     return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
-
-
-class _TensorMap(ctypes.Structure):
-    _fields_ = [("words", ctypes.c_uint64 * 16)]
-
-
-def _encode(
-    address: int, kind: int, columns: int, rows: int, row_bytes: int, box: tuple[int, int], swizzle: int
-) -> Any:
-    """A CUtensorMap of a row-major matrix; columns and box in elements. Beyond its edges it reads 0."""
-    raw = ctypes.create_string_buffer(128 + 64)  # it has to start on a 64-byte boundary
-    tensor_map = _TensorMap.from_buffer(raw, -ctypes.addressof(raw) % 64)
-    status = compiler.driver().cuTensorMapEncodeTiled(
-        ctypes.byref(tensor_map),
-        kind,
-        2,
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(row_bytes),
-        (ctypes.c_uint32 * 2)(*box),
-        (ctypes.c_uint32 * 2)(1, 1),
-        0,
-        swizzle,
-        2,  # L2 promotion: 128 bytes
-        0,
-    )
-    compiler.check(status, "describing a matrix to the copy engine")
-    return tensor_map
 
 
 class _Arguments(ctypes.Structure):
     """The kernel's parameters, in its order."""
 
     _fields_ = [
-        ("map_w", _TensorMap),
-        ("map_x", _TensorMap),
+        ("map_w", TensorMap),
+        ("map_x", TensorMap),
         ("absmax", ctypes.c_void_p),
         ("nested_absmax", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
@@ -175,10 +139,9 @@ class _Arguments(ctypes.Structure):
 
 _POINTERS_AND_SIZES = struct.Struct("PPPPPiiiiPi")  # _Arguments from absmax on
 _FIRST_POINTER: int = _Arguments.absmax.offset
-_lock = threading.Lock()
 
 
-@functools.cache
+@compiler.once
 def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool, grouped: bool) -> compiler.Launcher:
     macros, headers = settings(config, name, dtype, nested, grouped)
     code = compiler.cubin(config.source, "sm_90a", macros, headers)
@@ -204,16 +167,11 @@ def _plan(
     if config is None and experts:  # tiles with room for twice an expert's share, as many as experts can have rows
         config = choose_config(device, min(m, 2 * -(-m // experts)), n * min(m, experts), k)
     config = config or choose_config(device, m, n, k, few=scales_by_row)
-    with _lock:
-        launcher = _load(device, config, name, dtype, nested, experts > 0)
+    launcher = _load(device, config, name, dtype, nested, experts > 0)
     # Of rows of experts: the most tiles that there can be, nobody's rows included.
     tiles = min(m, experts + 1 + m // config.nt) if experts else -(-m // config.nt)
     grid = (-(-n // config.rows), tiles, config.cluster)
     return launcher, grid, (config.ks // 2, config.rows), (64, config.nt)
-
-
-# A map depends on address and shape alone, so it stays right whatever tensor lives there.
-_encode_cached = functools.lru_cache(maxsize=8192)(_encode)
 
 
 @functools.cache
@@ -288,13 +246,8 @@ def linear_4bit(
     `[S, K]`, weight `[E, N, K/2]`, bias `[E, N]`."""
     # Every microsecond here is one of an eager call: no stream object, no field-by-field filling, nothing imported.
     k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    rows, stride = as_rows(x, k)
     m, device = rows.shape[0], x.get_device()
-    stride, step = rows.stride()
-    if m == 1:
-        stride = k
-    if step != 1 or stride % 8 or stride < k:
-        rows, stride = rows.contiguous(), k
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             parts = (absmax, nested_absmax, nested_offset)
@@ -306,9 +259,8 @@ def linear_4bit(
     by_row = rows_of_scales(nested, block_size, k, scales)
     launcher, grid, box_w, box_x = _plan(device, m, n, k, name, dtype, nested, config, experts, by_row)
     all_rows = n * experts if experts else n
-    map_w = _encode_cached(weight.data_ptr(), _UINT8, k // 2, all_rows, k // 2, box_w, _SWIZZLE[box_w[0]])
-    kind = _FLOAT16 if dtype == torch.float16 else _BFLOAT16
-    map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, box_x, 3)
+    map_w = encode_cached(weight.data_ptr(), UINT8, k // 2, all_rows, k // 2, box_w, SWIZZLE[box_w[0]])
+    map_x = encode_cached(rows.data_ptr(), half_kind(dtype), k, m, stride * 2, box_x, 3)
     values = (
         scales,
         0 if nested_absmax is None else nested_absmax.data_ptr(),

@@ -5,16 +5,14 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import threading
 
 import torch
 from torch import Tensor
 
-from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import stream_k
-from kbit.kernels.cuda.linear_4bit import _BFLOAT16, _FLOAT16, _encode_cached, _TensorMap
-from kbit.kernels.cuda.stream_k import Schedule, schedule
+from kbit.kernels.cuda.operands import TensorMap, as_rows, encode_cached, half_kind, table_macros
+from kbit.kernels.cuda.stream_k import Schedule, schedule, tokens_a_tile
 
 _THREADS = 384
 
@@ -55,20 +53,16 @@ def wgmma_header(nt: int, fp16: bool) -> str:
 def settings(config: Config, name: str, dtype: torch.dtype, nested: bool) -> tuple[dict[str, object], dict[str, str]]:
     """(macros, headers) to compile the kernel with."""
     fp16 = dtype == torch.float16
-    bits = codebook(name).to(dtype).view(torch.int16).tolist()
     consumer, decoder = config.registers
     macros: dict[str, object] = {
         "FP16": int(fp16),
         "NT": config.nt,
         "STAGES": config.stages,
         "CS": config.cs,
-        "NESTED": int(nested),
         "CONSUMER_REGISTERS": consumer,
         "DECODER_REGISTERS": decoder,
-        "CODEBOOK": ",".join(str(b & 0xFFFF) for b in bits),
+        **table_macros(name, dtype, nested),
     }
-    if nested:
-        macros["DYNAMIC_MAP"] = ",".join(f"{float(v).hex()}f" for v in codebook("dynamic8"))
     return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
 
 
@@ -76,7 +70,7 @@ class _Arguments(ctypes.Structure):
     """The kernel's parameters, in its order."""
 
     _fields_ = [
-        ("map_x", _TensorMap),
+        ("map_x", TensorMap),
         ("weight", ctypes.c_void_p),
         ("absmax", ctypes.c_void_p),
         ("nested_absmax", ctypes.c_void_p),
@@ -93,10 +87,7 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-_lock = threading.Lock()
-
-
-@functools.cache
+@compiler.once
 def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> compiler.Launcher:
     macros, headers = settings(config, name, dtype, nested)
     code = compiler.cubin("linear_4bit_grad_input", "sm_90a", macros, headers)
@@ -105,9 +96,7 @@ def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bo
 
 
 def choose_config(m: int) -> Config:
-    """Tokens a tile: as few tiles of at most 256 as cover m, of one size."""
-    tiles = -(-m // 256)
-    nt = max(64, -(-m // tiles // 32) * 32)
+    nt = tokens_a_tile(m)
     return Config(nt, stages=min(6, 147456 // (nt * 128 + 16384)))
 
 
@@ -125,8 +114,7 @@ def _plan(
     """Settings, schedule and loaded kernel of a product on the current device; compiled at first use."""
     config = config or choose_config(m)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    with _lock:
-        launcher = _load(device, config, name, dtype, nested)
+    launcher = _load(device, config, name, dtype, nested)
     return config, schedule(processors, m, k, n, config.nt), launcher
 
 
@@ -145,11 +133,8 @@ def linear_4bit_grad_input(
     """grad: bf16 or fp16 `[..., N]`, weight: row layout `[N, K/2]` with K a multiple of the block size (at least 64),
     both from 16-byte boundaries on; N a multiple of 8. -> `[..., K]`: `grad W`."""
     n = grad.shape[-1]
-    rows = grad.reshape(-1, n)
+    rows, stride = as_rows(grad, n)
     m, device = rows.shape[0], grad.device.index
-    stride = rows.stride(0) if m > 1 else n
-    if rows.stride(1) != 1 or stride % 8 or stride < n:
-        rows, stride = rows.contiguous(), n
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             scales = (absmax, nested_absmax, nested_offset)
@@ -158,8 +143,7 @@ def linear_4bit_grad_input(
     nested = nested_absmax is not None
     config, chosen, launcher = _plan(device, m, n, k, name, grad.dtype, nested, config)
     chosen = force or chosen
-    kind = _FLOAT16 if grad.dtype == torch.float16 else _BFLOAT16
-    map_x = _encode_cached(rows.data_ptr(), kind, n, m, stride * 2, (64, config.nt // 2), 3)
+    map_x = encode_cached(rows.data_ptr(), half_kind(grad.dtype), n, m, stride * 2, (64, config.nt // 2), 3)
     size, flags = chosen.workspace(config.nt)
     workspace = torch.empty(size, dtype=torch.uint8, device=grad.device) if size else None
     with launcher.lock:

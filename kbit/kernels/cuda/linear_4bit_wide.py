@@ -6,16 +6,15 @@ import ctypes
 import dataclasses
 import functools
 import struct
-import threading
 
 import torch
 from torch import Tensor
 
-from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import stream_k
-from kbit.kernels.cuda.linear_4bit import _BFLOAT16, _FLOAT16, _UINT8, _encode_cached, _TensorMap, wgmma_header
-from kbit.kernels.cuda.stream_k import Schedule, schedule
+from kbit.kernels.cuda.linear_4bit import wgmma_header
+from kbit.kernels.cuda.operands import UINT8, TensorMap, as_rows, encode_cached, half_kind, table_macros
+from kbit.kernels.cuda.stream_k import Schedule, schedule, tokens_a_tile
 
 _THREADS = 384
 
@@ -36,16 +35,12 @@ class Config:
 def settings(config: Config, name: str, dtype: torch.dtype, nested: bool) -> tuple[dict[str, object], dict[str, str]]:
     """(macros, headers) to compile the kernel with."""
     fp16 = dtype == torch.float16
-    bits = codebook(name).to(dtype).view(torch.int16).tolist()
     macros: dict[str, object] = {
         "FP16": int(fp16),
         "NT": config.nt,
         "STAGES": config.stages,
-        "NESTED": int(nested),
-        "CODEBOOK": ",".join(str(b & 0xFFFF) for b in bits),
+        **table_macros(name, dtype, nested),
     }
-    if nested:
-        macros["DYNAMIC_MAP"] = ",".join(f"{float(v).hex()}f" for v in codebook("dynamic8"))
     return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
 
 
@@ -53,8 +48,8 @@ class _Arguments(ctypes.Structure):
     """The kernel's parameters, in its order."""
 
     _fields_ = [
-        ("map_w", _TensorMap),
-        ("map_x", _TensorMap),
+        ("map_w", TensorMap),
+        ("map_x", TensorMap),
         ("absmax", ctypes.c_void_p),
         ("nested_absmax", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
@@ -73,10 +68,9 @@ class _Arguments(ctypes.Structure):
 
 _POINTERS_AND_SIZES = struct.Struct("PPPPPPPQiiiii")  # _Arguments from absmax on
 _FIRST_POINTER: int = _Arguments.absmax.offset
-_lock = threading.Lock()
 
 
-@functools.cache
+@compiler.once
 def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> compiler.Launcher:
     macros, headers = settings(config, name, dtype, nested)
     code = compiler.cubin("linear_4bit_wide", "sm_90a", macros, headers)
@@ -85,9 +79,7 @@ def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bo
 
 
 def choose_config(m: int) -> Config:
-    """Tokens a tile: as few tiles of at most 256 as cover m, of one size."""
-    tiles = -(-m // 256)
-    nt = max(64, -(-m // tiles // 32) * 32)
+    nt = tokens_a_tile(m)
     return Config(nt, stages=min(6, 156000 // (nt * 128 + 4096 + 512)))
 
 
@@ -106,8 +98,7 @@ def _plan(
     """Loaded kernel, settings and schedule of a product on the current device; compiled at first use."""
     config = config or choose_config(m)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    with _lock:
-        launcher = _load(device, config, name, dtype, nested)
+    launcher = _load(device, config, name, dtype, nested)
     return launcher, config, force or schedule(processors, m, n, k, config.nt)
 
 
@@ -127,13 +118,8 @@ def linear_4bit(
     """x: bf16 or fp16 `[..., K]`, weight: row layout `[N, K/2]` with K a multiple of the block size (at least 64);
     both start on 16-byte boundaries. -> `[..., N]`."""
     k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    rows, stride = as_rows(x, k)
     m, device = rows.shape[0], x.get_device()
-    stride, step = rows.stride()
-    if m == 1:
-        stride = k
-    if step != 1 or stride % 8 or stride < k:
-        rows, stride = rows.contiguous(), k
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             scales = (absmax, nested_absmax, nested_offset)
@@ -141,9 +127,8 @@ def linear_4bit(
     out = x.new_empty((*x.shape[:-1], n))
     dtype, nested = x.dtype, nested_absmax is not None
     launcher, config, cut = _plan(device, m, n, k, name, dtype, nested, config, force)
-    map_w = _encode_cached(weight.data_ptr(), _UINT8, k // 2, n, k // 2, (32, 128), 1)
-    kind = _FLOAT16 if dtype == torch.float16 else _BFLOAT16
-    map_x = _encode_cached(rows.data_ptr(), kind, k, m, stride * 2, (64, config.nt // 2), 3)
+    map_w = encode_cached(weight.data_ptr(), UINT8, k // 2, n, k // 2, (32, 128), 1)
+    map_x = encode_cached(rows.data_ptr(), half_kind(dtype), k, m, stride * 2, (64, config.nt // 2), 3)
     size, flags = cut.workspace(config.nt)
     workspace = x.new_empty(size, dtype=torch.uint8) if size else None
     at = 0 if workspace is None else workspace.data_ptr()

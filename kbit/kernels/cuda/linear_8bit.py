@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kbit.kernels.cuda import compile as compiler
-from kbit.kernels.cuda.linear_4bit import _BFLOAT16, _FLOAT16, _UINT8, _encode_cached, _TensorMap, wgmma_header
+from kbit.kernels.cuda.linear_4bit import wgmma_header
+from kbit.kernels.cuda.operands import UINT8, TensorMap, as_rows, encode_cached, half_kind
 
 _SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
 _KS = 128  # K a stage
@@ -56,8 +57,8 @@ class _Arguments(ctypes.Structure):
     """The kernel's parameters, in its order."""
 
     _fields_ = [
-        ("map_w", _TensorMap),
-        ("map_x", _TensorMap),
+        ("map_w", TensorMap),
+        ("map_x", TensorMap),
         ("absmax", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -127,16 +128,13 @@ def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, 
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return linear_8bit(x, weight, absmax, bias, config)
-    rows = x.reshape(-1, k)
+    rows, stride = as_rows(x, k)
     m = rows.shape[0]
-    stride = rows.stride(0) if m > 1 else k
-    if rows.stride(1) != 1 or stride % 8 or stride < k:
-        rows, stride = rows.contiguous(), k
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     fp16 = x.dtype == torch.float16
     launcher, config, grid = _plan(device, m, n, k, fp16, config)
-    map_w = _encode_cached(weight.data_ptr(), _UINT8, k, n, k, (_KS, config.rows), 3)
-    map_x = _encode_cached(rows.data_ptr(), _FLOAT16 if fp16 else _BFLOAT16, k, m, stride * 2, (64, config.nt), 3)
+    map_w = encode_cached(weight.data_ptr(), UINT8, k, n, k, (_KS, config.rows), 3)
+    map_x = encode_cached(rows.data_ptr(), half_kind(x.dtype), k, m, stride * 2, (64, config.nt), 3)
     with launcher.lock:
         values = launcher.values
         values.map_w, values.map_x = map_w, map_x

@@ -13,13 +13,14 @@ from torch import Tensor
 from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import linear_4bit as four
 from kbit.kernels.cuda import linear_8bit as eight
+from kbit.kernels.cuda.operands import SWIZZLE, UINT8, TensorMap, as_rows, encode, encode_cached, half_kind
 
 
 class _Weight(ctypes.Structure):
     """`Weight` of the kernels' sources; 64-byte aligned there, so that its size is a multiple of that."""
 
     _fields_ = [
-        ("map_w", four._TensorMap),
+        ("map_w", TensorMap),
         ("absmax", ctypes.c_void_p),
         ("nested_absmax", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
@@ -36,7 +37,7 @@ def _structures(count: int) -> tuple[type[ctypes.Structure], type[ctypes.Structu
     weights = type("_Weights", (ctypes.Structure,), {"_fields_": [("weight", _Weight * count)]})
     fields = [
         ("weights", weights),
-        ("map_x", four._TensorMap),
+        ("map_x", TensorMap),
         ("outs", ctypes.c_void_p * count),
         ("m", ctypes.c_int),
         ("k", ctypes.c_int),
@@ -89,7 +90,7 @@ def _describe(
     found = _structures(len(n))[0]()
     tile = 0
     for weight, (codes, absmax, nested, offset, bias), rows in zip(found.weight, addresses, n, strict=True):
-        weight.map_w = four._encode(codes, four._UINT8, row_bytes, rows, row_bytes, box, four._SWIZZLE[box[0]])
+        weight.map_w = encode(codes, UINT8, row_bytes, rows, row_bytes, box, SWIZZLE[box[0]])
         weight.absmax, weight.nested_absmax, weight.offset, weight.bias = absmax, nested, offset, bias
         weight.n, weight.first_tile = rows, tile
         tile += -(-rows // box[1])
@@ -107,13 +108,8 @@ def _launch(
     """columns: codes, absmax, nested_absmax, offset and bias, with an entry a weight. plan: of (device, tokens) the
     loaded kernel, its settings and the bytes of codes a row and stage."""
     k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    rows, stride = as_rows(x, k)
     m, device = rows.shape[0], x.get_device()
-    stride, step = rows.stride()
-    if m == 1:
-        stride = k
-    if step != 1 or stride % 8 or stride < k:
-        rows, stride = rows.contiguous(), k
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return _launch(x, columns, n, row_bytes, block_shift, plan)
@@ -121,8 +117,7 @@ def _launch(
     launcher, config, stage_bytes = plan(device, m)
     addresses = tuple(tuple(0 if t is None else t.data_ptr() for t in one) for one in zip(*columns, strict=True))
     described = _describe(addresses, tuple(n), row_bytes, (stage_bytes, config.rows))
-    kind = four._FLOAT16 if x.dtype == torch.float16 else four._BFLOAT16
-    map_x = four._encode_cached(rows.data_ptr(), kind, k, m, stride * 2, (64, config.nt), 3)
+    map_x = encode_cached(rows.data_ptr(), half_kind(x.dtype), k, m, stride * 2, (64, config.nt), 3)
     grid = (sum(-(-count // config.rows) for count in n), -(-m // config.nt), config.cluster)
     stream = torch._C._cuda_getCurrentRawStream(device)
     with launcher.lock:

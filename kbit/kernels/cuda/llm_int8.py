@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kbit.kernels.cuda import compile as compiler
-from kbit.kernels.cuda.linear_4bit import _BFLOAT16, _FLOAT16, _UINT8, _encode_cached, _TensorMap
+from kbit.kernels.cuda.operands import UINT8, TensorMap, as_rows, encode_cached, half_kind
 
 _SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
 _BM, _BK = 128, 128
@@ -106,10 +106,10 @@ class _Arguments(ctypes.Structure):
     """The kernel's parameters, in its order."""
 
     _fields_ = [
-        ("map_a", _TensorMap),
-        ("map_w", _TensorMap),
-        ("map_x", _TensorMap),
-        ("map_sub", _TensorMap),
+        ("map_a", TensorMap),
+        ("map_w", TensorMap),
+        ("map_x", TensorMap),
+        ("map_sub", TensorMap),
         ("x", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
@@ -286,13 +286,8 @@ def llm_int8(
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return llm_int8(x, weight, absmax, bias, threshold, config, limit)
-    inner = x if x.dim() == 2 else x.reshape(-1, k)
+    inner, stride = as_rows(x, k)
     m = inner.shape[0]
-    stride, step = inner.stride()
-    if m == 1:
-        stride = k
-    if step != 1 or stride % 8 or stride < k:
-        inner, stride = inner.contiguous(), k
     fp16, marked = dtype == torch.float16, threshold > 0
     plan = _plan(device, m, n, k, fp16, marked, config)
     launcher, gather = plan.launcher, plan.gather
@@ -303,14 +298,14 @@ def llm_int8(
     flags = codes + m * k if marked else 0
     stream = torch._C._cuda_getCurrentRawStream(device)
     quantize_rows(inner, codes, rows, flags or None, threshold, stream)
-    map_a = _encode_cached(codes, _UINT8, k, m, k, (_BK, _BM), 3)
-    map_w = _encode_cached(of_w, _UINT8, k, n, k, plan.box_w, 3)
-    kind = _FLOAT16 if fp16 else _BFLOAT16
-    map_x = _encode_cached(of_x, kind, k, m, 2 * stride, (_WIDE, _BM), 3)
+    map_a = encode_cached(codes, UINT8, k, m, k, (_BK, _BM), 3)
+    map_w = encode_cached(of_w, UINT8, k, n, k, plan.box_w, 3)
+    kind = half_kind(dtype)
+    map_x = encode_cached(of_x, kind, k, m, 2 * stride, (_WIDE, _BM), 3)
     rest, sub, map_sub = 0, 0, map_w
     if gather is not None:
         rest, sub, limit = codes + plan.start, codes + plan.start + m * _CAPACITY * 2, _CAPACITY
-        map_sub = _encode_cached(sub, kind, k, n, 2 * k, plan.box_sub, 3)
+        map_sub = encode_cached(sub, kind, k, n, 2 * k, plan.box_sub, 3)
         gathered = (of_x, codes, of_w, rows, flags, rest, sub, m, n, k, stride, plan.rows_w)
         with gather.lock:
             _OF_GATHER.pack_into(gather.memory, 0, *gathered)

@@ -32,6 +32,12 @@ class Schedule:
         return (sums + self.clusters * 32, sums) if self.shared_tiles else (0, 0)
 
 
+def tokens_a_tile(m: int) -> int:
+    """As few tiles of at most 256 tokens as cover m, of one size; a multiple of 32, at least 64."""
+    tiles = -(-m // 256)
+    return max(64, -(-m // tiles // 32) * 32)
+
+
 def schedule(processors: int, m: int, features: int, reduction: int, nt: int) -> Schedule:
     """Cut tiles where whole ones leave the busiest cluster more idle steps in the last wave than cutting costs."""
     tiles = -(-features // TILE) * -(-m // nt)
