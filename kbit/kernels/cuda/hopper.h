@@ -88,6 +88,11 @@ __device__ __forceinline__ u32 load_shared(u32 from) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
   return v;
 }
+__device__ __forceinline__ uint4 load_shared16(u32 from) {  // 16 bytes
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
 __device__ __forceinline__ void store16(u32 to, u32 a, u32 b, u32 c, u32 d) {  // 16 bytes
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -116,6 +121,16 @@ __device__ __forceinline__ u32 to_halves(float low, float high) { u32 d; asm("cv
 __device__ __forceinline__ float low_float(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_float(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 #endif
+
+__device__ __forceinline__ u32 times(u32 a, u32 b) {  // of pairs
+  u32 d;
+#if FP16
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
 
 // Two of four int8 codes as 16-bit values (0x4140: the lower two; 0x4342: the upper): SELECT puts each under an exponent at which
 // its lowest bit counts 1, and what that adds is taken back.

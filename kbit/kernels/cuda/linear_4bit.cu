@@ -48,11 +48,6 @@ template <int V> struct Int { static constexpr int value = V; };
 __device__ __forceinline__ void prefetch_tile(const TensorMap* map, int x, int y) {  // into L2 only
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
-__device__ __forceinline__ uint4 load_shared16(u32 address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
 // The pair of one byte of a word. `select` moves that byte to bits 8-15 above the lane's own 4 * lane, which is the
 // address within the table: its entries are 256 bytes apart for this one instruction's sake.
 __device__ __forceinline__ u32 byte_pair(u32 word, u32 lane4, u32 select, u32 table) {
@@ -61,11 +56,6 @@ __device__ __forceinline__ u32 byte_pair(u32 word, u32 lane4, u32 select, u32 ta
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at + table));
   return pair;
 }
-#if FP16
-__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
-#else
-__device__ __forceinline__ u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
-#endif
 __device__ __forceinline__ u32 doubled(float v) { u32 h = to_half(v); return h | h << 16; }
 
 __constant__ u16 codebook[16] = {CODEBOOK};

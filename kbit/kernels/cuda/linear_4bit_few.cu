@@ -46,11 +46,6 @@ static_assert(WK * NT * PITCH * 4 <= LUT_OFFSET, "the sums of all parts fit wher
 __device__ __forceinline__ void prefetch_tile(const TensorMap* map, int x, int y) {  // into L2 only
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
-__device__ __forceinline__ uint4 load_shared16(u32 address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-  return v;
-}
 // Four 8x8 matrices of 16-bit units: lane l gives a row's address, and gets the 4 bytes at 4 (l % 4) of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(u32 (&v)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -35,20 +35,6 @@ constexpr int LUT_OFFSET = SCALE_OFFSET + 4096;    // word 32 e + l: lane l's co
 constexpr int BAR_OFFSET = LUT_OFFSET + 32768;
 constexpr int ACC = NT / 2;                  // accumulators a thread
 
-__device__ __forceinline__ uint4 load_shared16(u32 address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-  return v;
-}
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-  u32 d;
-#if FP16
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#else
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#endif
-  return d;
-}
 
 __constant__ u16 codebook[16] = {CODEBOOK};
 #if NESTED

@@ -33,20 +33,6 @@ template <int V> struct Int { static constexpr int value = V; };
 
 static_assert(NT % 32 == 0, "two buffers of 16 tokens take turns");
 
-__device__ __forceinline__ uint4 load_shared16(u32 address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-  return v;
-}
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-  u32 d;
-#if FP16
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#else
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#endif
-  return d;
-}
 // The pair of one byte of a word. `select` moves that byte to bits 8-15 above the lane's own 4 * lane, which is the
 // address within the table: its entries are 256 bytes apart for this one instruction's sake.
 __device__ __forceinline__ u32 byte_pair(u32 word, u32 lane4, u32 select, u32 table) {
