@@ -9,9 +9,7 @@ kbit's result agreed with the float64 product of the dequantized weight.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,23 +62,5 @@ def measure(n: int, k: int, name: str, tokens: list[int], seconds: float) -> lis
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=lambda text: [int(m) for m in text.split(",")], default=list(TOKENS))
-    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES))
-    parser.add_argument("--shape", type=lambda text: [int(v) for v in text.split("x")], default=[4096, 11008])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of turns, for each number of tokens")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    rows = [row for name in args.dtypes for row in measure(*args.shape, name, args.tokens, args.seconds)]
-    title = "NF4 linear layer on a CPU, milliseconds: median, 10th and 90th percentile"
-    result = {"benchmark": title, **paired.environment(args.threads), "rows": rows}
-    if args.out:
-        paired.save(result, args.out, "NF4")
-
-
 if __name__ == "__main__":
-    main()
+    paired.layer_benchmark(__doc__, measure, "NF4", TOKENS, DTYPES, seconds=2.0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kbit.kernels.cpu import library
 
@@ -54,6 +57,32 @@ def environment(threads: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "bitsandbytes")},
     }
+
+
+def layer_benchmark(
+    text: str | None,
+    measure: Callable[[int, int, str, list[int], float], list[dict[str, Any]]],
+    weight: str,
+    tokens: Iterable[int],
+    dtypes: Iterable[str],
+    seconds: float,
+) -> None:
+    """The command line of a layer's benchmark. measure: rows of (out features, in features, dtype, tokens, seconds of
+    turns for each number of tokens); weight: as in `save`; the rest: defaults."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=lambda value: [int(m) for m in value.split(",")], default=list(tokens))
+    parser.add_argument("--dtypes", type=lambda value: value.split(","), default=list(dtypes))
+    parser.add_argument("--shape", type=lambda value: [int(v) for v in value.split("x")], default=[4096, 11008])
+    parser.add_argument("--seconds", type=float, default=seconds, help="of turns, for each number of tokens")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = [row for name in args.dtypes for row in measure(*args.shape, name, args.tokens, args.seconds)]
+    title = f"{weight} linear layer on a CPU, milliseconds: median, 10th and 90th percentile"
+    if args.out:
+        save({"benchmark": title, **environment(args.threads), "rows": rows}, args.out, weight)
 
 
 def save(result: dict[str, Any], path: Path, weight: str) -> None:
