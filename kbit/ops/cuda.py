@@ -44,58 +44,56 @@ def aligned(x: Tensor, weight: Tensor) -> bool:
 
 
 @functools.cache
-def _launcher(name: str) -> Any:
-    return getattr(importlib.import_module(f"kbit.kernels.cuda.{name}"), name)
+def _launcher(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"kbit.kernels.cuda.{module}"), name)
 
 
 def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
-    return _launcher("linear_8bit")(x, weight, absmax, bias)
+    return _launcher("linear_8bit", "linear_8bit")(x, weight, absmax, bias)
 
 
 def llm_int8(
     x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float, limit: int
 ) -> Tensor:
-    return _launcher("llm_int8")(x, weight, absmax, bias, outlier_threshold, limit=limit)
+    return _launcher("llm_int8", "llm_int8")(x, weight, absmax, bias, outlier_threshold, limit=limit)
 
 
 def experts_4bit(x, offsets, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
-    scales = (absmax, nested_absmax, nested_offset)
-    return _linear_4bit()(x, weight, *scales, bias, codebook, block_size, n, offsets=offsets)
-
-
-@functools.cache
-def _linear_4bit() -> Any:
-    return importlib.import_module("kbit.kernels.cuda.linear_4bit").linear_4bit
+    product, scales = _launcher("linear_4bit", "linear_4bit"), (absmax, nested_absmax, nested_offset)
+    return product(x, weight, *scales, bias, codebook, block_size, n, offsets=offsets)
 
 
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
-    return _linear_4bit()(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    product, scales = _launcher("linear_4bit", "linear_4bit"), (absmax, nested_absmax, nested_offset)
+    return product(x, weight, *scales, bias, codebook, block_size, n)
 
 
 def linear_4bit_wide(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit_wide")
-    return launcher.linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    product, scales = _launcher("linear_4bit_wide", "linear_4bit"), (absmax, nested_absmax, nested_offset)
+    return product(x, weight, *scales, bias, codebook, block_size, n)
 
 
 def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_group")
-    return launcher.linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n)
+    product, scales = _launcher("linear_group", "linear_4bit_group"), (absmax, nested_absmax, nested_offset)
+    return product(x, weight, *scales, bias, codebook, block_size, n)
 
 
 def linear_8bit_group(x: Tensor, weight: list[Tensor], absmax: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_group")
-    return launcher.linear_8bit_group(x, weight, absmax, bias)
+    return _launcher("linear_group", "linear_8bit_group")(x, weight, absmax, bias)
 
 
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
-    launcher = importlib.import_module("kbit.kernels.cuda.linear_4bit_grad_input")
-    return launcher.linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k)
+    product, scales = (
+        _launcher("linear_4bit_grad_input", "linear_4bit_grad_input"),
+        (absmax, nested_absmax, nested_offset),
+    )
+    return product(grad, weight, *scales, codebook, block_size, k)
 
 
 def quantizes_4bit(x: Tensor, block_size: int) -> bool:
     """Whether the Hopper kernel can quantize this tensor."""
-    return capability(x) == (9, 0) and importlib.import_module("kbit.kernels.cuda.quantize_4bit").fits(x, block_size)
+    return capability(x) == (9, 0) and _launcher("quantize_4bit", "fits")(x, block_size)
 
 
 def quantize_4bit(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
-    return importlib.import_module("kbit.kernels.cuda.quantize_4bit").quantize_4bit(x, codebook, block_size)
+    return _launcher("quantize_4bit", "quantize_4bit")(x, codebook, block_size)

@@ -193,12 +193,13 @@ def _row_launcher(device: int, m: int, k: int, fp16: bool) -> compiler.Launcher:
 
 def quantize_rows(x: Tensor, codes: int, rows: int, flags: int | None, threshold: float, stream: int) -> None:
     """x: bf16 or fp16 `[M, K]`, rows 16 bytes apart, K a multiple of 8 up to MAX_K -> at these addresses: codes int8
-    `[M, K]`; rows fp32 `[M]`; flags uint8 `[K]`, 1 for columns with a magnitude of at least `threshold`, else 0."""
+    `[M, K]`; rows fp32 `[M]`; flags uint8 `[K]`, 1 for columns with a magnitude of at least `threshold`, else 0.
+    Without an address (None or 0) no flags are written."""
     m, k = x.shape
     launcher = _row_launcher(x.device.index, m, k, x.dtype == torch.float16)
-    if flags is not None:
+    if flags:
         compiler.check(_memset()(flags, 0, k, stream), "clearing the flags of outlier columns")
-    bits = 0xFFFF if flags is None else outlier_limit(threshold, x.dtype)
+    bits = outlier_limit(threshold, x.dtype) if flags else 0xFFFF
     stride = x.stride(0) if m > 1 else k
     with launcher.lock:
         _OF_ROWS.pack_into(launcher.memory, 0, x.data_ptr(), codes, rows, flags or 0, k, stride, bits)
@@ -297,7 +298,7 @@ def llm_int8(
     rows = codes + m * k + k
     flags = codes + m * k if marked else 0
     stream = torch._C._cuda_getCurrentRawStream(device)
-    quantize_rows(inner, codes, rows, flags or None, threshold, stream)
+    quantize_rows(inner, codes, rows, flags, threshold, stream)
     map_a = encode_cached(codes, UINT8, k, m, k, (_BK, _BM), 3)
     map_w = encode_cached(of_w, UINT8, k, n, k, plan.box_w, 3)
     kind = half_kind(dtype)
