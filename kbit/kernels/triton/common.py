@@ -1,4 +1,4 @@
-"""What the 4-bit Triton kernels share: how a block scale is read, and how a launch finds its device and stream."""
+"""What the 4-bit Triton kernels share: how weights are decoded and multiplied, and how a launch finds its device."""
 
 from __future__ import annotations
 
@@ -71,3 +71,68 @@ def load_scale(absmax, nested_absmax, offset, table, block, mask, NESTED: tl.con
     else:
         scale = tl.load(absmax + block, mask=mask, other=0.0)
     return scale
+
+
+@triton.jit
+def decode_elements(
+    packed, absmax, nested_absmax, offset, table, values, element, inside, NESTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """fp32 weights with the flat indices `element` (int64), in either layout. `values`: the fp32 codebook, so that a
+    weight is rounded once, where it enters the product, as the reference does."""
+    code = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
+    code = tl.where(element % 2 == 0, code >> 4, code & 15)
+    return tl.load(values + code) * load_scale(absmax, nested_absmax, offset, table, element // BLOCK, inside, NESTED)
+
+
+@triton.jit
+def add_step(
+    acc,
+    xs,
+    packed,
+    absmax,
+    nested_absmax,
+    offset,
+    table,
+    values,
+    row,
+    step,
+    K,
+    inside,
+    NESTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`acc [BN, BM]` plus the product of the weights' rows `row [BN]` (int64; read where `inside`) with `xs [BM, BK]`
+    over the columns of a step.
+
+    ROWS: no block crosses a row and K is even (row layout); a step covers at most one block, so codebook values in the
+    dtype of x enter the product and the fp32 sum is scaled. Otherwise element e of the flat order is nibble e % 2 of
+    byte e // 2 and belongs to block e // BLOCK, wherever a row begins."""
+    if ROWS:
+        half = step * (BK // 2) + tl.arange(0, BK // 2)
+        code = tl.load(packed + row[:, None] * (K // 2) + half[None, :], mask=inside[:, None], other=0).to(tl.int32)
+        block = row * (K // BLOCK) + step * BK // BLOCK
+        scale = load_scale(absmax, nested_absmax, offset, table, block, inside, NESTED)
+        even, odd = tl.split(tl.reshape(xs, (BM, BK // 2, 2)))
+        part = tl.dot(tl.load(values + (code >> 4)), tl.trans(even), input_precision="ieee")
+        part = tl.dot(tl.load(values + (code & 15)), tl.trans(odd), part, input_precision="ieee")
+        acc += part * scale[:, None]
+    else:
+        k = step * BK + tl.arange(0, BK)
+        element = row[:, None] * K + k[None, :]
+        weight = decode_elements(
+            packed,
+            absmax,
+            nested_absmax,
+            offset,
+            table,
+            values,
+            element,
+            inside[:, None] & (k[None, :] < K),
+            NESTED,
+            BLOCK,
+        )
+        acc = tl.dot(weight.to(xs.dtype), tl.trans(xs), acc, input_precision="ieee")
+    return acc

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kbit.formats.codebooks import codebook
 from kbit.kernels.triton import tiles
-from kbit.kernels.triton.common import NO_FMA, as_rows, load_scale, on_device, scales_of
+from kbit.kernels.triton.common import NO_FMA, add_step, as_rows, decode_elements, on_device, scales_of
 from kbit.kernels.triton.experts_8bit import rows_of_tile, tile_count
 from kbit.kernels.triton.linear_4bit import add_splits_kernel, values_as
 
@@ -45,7 +45,6 @@ def experts_4bit_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    # ROWS: 4 bits in row layout (no block crosses a row, K even).
     expert, first, stop = rows_of_tile(offsets, tl.program_id(1), S, E, BM, EP)
     if expert > E:
         return
@@ -59,24 +58,10 @@ def experts_4bit_kernel(
     for step in range(begin, end):
         k = step * BK + tl.arange(0, BK)
         xs = tl.load(x + m[:, None] * stride_x + k[None, :], mask=(m[:, None] < stop) & (k[None, :] < K), other=0.0)
-        if ROWS:
-            half = step * (BK // 2) + tl.arange(0, BK // 2)
-            code = tl.load(packed + row[:, None] * (K // 2) + half[None, :], mask=n[:, None] < N, other=0).to(tl.int32)
-            scale = load_scale(
-                absmax, nested_absmax, offset, scale_table, row * (K // BLOCK) + step * BK // BLOCK, n < N, NESTED
-            )
-            even, odd = tl.split(tl.reshape(xs, (BM, BK // 2, 2)))
-            part = tl.dot(tl.load(values + (code >> 4)), tl.trans(even), input_precision="ieee")
-            part = tl.dot(tl.load(values + (code & 15)), tl.trans(odd), part, input_precision="ieee")
-            acc += part * scale[:, None]
-        else:
-            inside = (n[:, None] < N) & (k[None, :] < K)
-            element = row[:, None] * K + k[None, :]
-            code = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
-            code = tl.where(element % 2 == 0, code >> 4, code & 15)
-            scale = load_scale(absmax, nested_absmax, offset, scale_table, element // BLOCK, inside, NESTED)
-            weight = tl.load(values + code) * scale  # values are fp32 here: rounded once, as the reference does
-            acc = tl.dot(weight.to(xs.dtype), tl.trans(xs), acc, input_precision="ieee")
+        acc = add_step(
+            acc, xs, packed, absmax, nested_absmax, offset, scale_table, values,
+            row, step, K, n < N, NESTED, BLOCK, ROWS, BM, BK,
+        )  # fmt: skip
     if BIAS:
         here = (n < N) & (expert < E) & (split == 0)
         acc += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)[:, None]
@@ -119,13 +104,11 @@ def experts_4bit_grad_input_kernel(
         g = tl.load(
             grad + m[:, None] * stride_grad + n[None, :], mask=(m[:, None] < stop) & (n[None, :] < N), other=0.0
         )
-        row = expert.to(tl.int64) * N + n[:, None]
+        element = (expert.to(tl.int64) * N + n[:, None]) * K + k[None, :]
         inside = (n[:, None] < N) & (k[None, :] < K)
-        element = row * K + k[None, :]
-        code = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
-        code = tl.where(element % 2 == 0, code >> 4, code & 15)
-        scale = load_scale(absmax, nested_absmax, offset, scale_table, element // BLOCK, inside, NESTED)
-        weight = tl.load(values + code) * scale
+        weight = decode_elements(
+            packed, absmax, nested_absmax, offset, scale_table, values, element, inside, NESTED, BLOCK
+        )
         acc = tl.dot(g, weight.to(g.dtype), acc, input_precision="ieee")
     place = out + m[:, None] * K + k[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=(m[:, None] < stop) & (k[None, :] < K))

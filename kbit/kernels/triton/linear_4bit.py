@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbit.formats.codebooks import codebook
 from kbit.kernels.triton import tiles
-from kbit.kernels.triton.common import NO_FMA, as_rows, load_scale, on_device, scales_of
+from kbit.kernels.triton.common import NO_FMA, add_step, as_rows, on_device, scales_of
 
 
 @functools.cache
@@ -51,8 +51,6 @@ def linear_4bit_kernel(
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    # ROWS: row layout (no block crosses a row, K even). Otherwise element e of the flat order is nibble e % 2 of byte
-    # e // 2 and belongs to block e // BLOCK, wherever a row begins.
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     m = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
     split = tl.program_id(2)
@@ -62,24 +60,10 @@ def linear_4bit_kernel(
     for step in range(begin, end):
         k = step * BK + tl.arange(0, BK)
         xs = tl.load(x + m[:, None] * stride_x + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-        if ROWS:
-            half = step * (BK // 2) + tl.arange(0, BK // 2)
-            code = tl.load(packed + n[:, None] * (K // 2) + half[None, :], mask=n[:, None] < N, other=0).to(tl.int32)
-            scale = load_scale(
-                absmax, nested_absmax, offset, scale_table, n * (K // BLOCK) + step * BK // BLOCK, n < N, NESTED
-            )
-            even, odd = tl.split(tl.reshape(xs, (BM, BK // 2, 2)))
-            part = tl.dot(tl.load(values + (code >> 4)), tl.trans(even), input_precision="ieee")
-            part = tl.dot(tl.load(values + (code & 15)), tl.trans(odd), part, input_precision="ieee")
-            acc += part * scale[:, None]
-        else:
-            element = n[:, None] * K + k[None, :]
-            inside = (n[:, None] < N) & (k[None, :] < K)
-            code = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
-            code = tl.where(element % 2 == 0, code >> 4, code & 15)
-            scale = load_scale(absmax, nested_absmax, offset, scale_table, element // BLOCK, inside, NESTED)
-            weight = tl.load(values + code) * scale  # values are fp32 here: rounded once, as the reference does
-            acc = tl.dot(weight.to(xs.dtype), tl.trans(xs), acc, input_precision="ieee")
+        acc = add_step(
+            acc, xs, packed, absmax, nested_absmax, offset, scale_table, values,
+            n, step, K, n < N, NESTED, BLOCK, ROWS, BM, BK,
+        )  # fmt: skip
     if BIAS and SPLIT == 1:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     place = out + split.to(tl.int64) * M * N + m[None, :] * N + n[:, None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kbit.formats.codebooks import codebook
 from kbit.kernels.triton import tiles
-from kbit.kernels.triton.common import NO_FMA, as_rows, load_scale, on_device, scales_of
+from kbit.kernels.triton.common import NO_FMA, as_rows, decode_elements, on_device, scales_of
 
 
 @triton.jit
@@ -45,11 +45,10 @@ def linear_4bit_grad_input_kernel(
         g = tl.load(grad + m[:, None] * stride_grad + n[None, :], mask=(m[:, None] < M) & (n[None, :] < N), other=0.0)
         element = n[:, None].to(tl.int64) * K + k[None, :]
         inside = (n[:, None] < N) & (k[None, :] < K)
-        code = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
-        code = tl.where(element % 2 == 0, code >> 4, code & 15)
-        scale = load_scale(absmax, nested_absmax, offset, scale_table, element // BLOCK, inside, NESTED)
-        weight = (tl.load(values + code) * scale).to(g.dtype)
-        acc = tl.dot(g, weight, acc, input_precision="ieee")
+        weight = decode_elements(
+            packed, absmax, nested_absmax, offset, scale_table, values, element, inside, NESTED, BLOCK
+        )
+        acc = tl.dot(g, weight.to(g.dtype), acc, input_precision="ieee")
     tl.store(out + m[:, None] * K + k[None, :], acc.to(out.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
 
 
