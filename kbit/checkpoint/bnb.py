@@ -381,7 +381,7 @@ def kbit_config(data: Mapping[str, Any]) -> KbitConfig:
         bits=4 if four else 8,
         format=data.get("bnb_4bit_quant_type", "fp4") if four else None,
         double_quant=bool(data.get("bnb_4bit_use_double_quant", False)) if four else True,
-        outlier_threshold=float(data.get("llm_int8_threshold", 6.0)),
+        outlier_threshold=6.0 if four else float(data.get("llm_int8_threshold", 6.0)),  # 4 bits know no outliers
         compute_dtype=compute if four and compute not in (None, "float32") else None,
         skip_modules=list(skip) if skip is not None else None,
     )

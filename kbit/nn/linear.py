@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit import ops
+from kbit.config import check_int8_settings
 from kbit.formats.spec import Format
 from kbit.nn.base import QuantizedModule
 
@@ -142,7 +143,7 @@ class Linear8bit(_QuantizedLinear):
     int8_activations: None quantizes the activations at many tokens only (`kbit.ops.choose`), where that is faster; at
     few the weight's bytes set the time, and activations that stay as they are give the better result. True quantizes
     them always, False never.
-    compute_dtype, dtype: as in Linear4bit.
+    compute_dtype, dtype: as in Linear4bit. Raises ValueError for other values of these settings.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Linear8bit(_QuantizedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_int8_settings(outlier_threshold, int8_activations)
         super().__init__(in_features, out_features, bias, Format("int8", 0), compute_dtype, device, dtype)
         self.outlier_threshold = float(outlier_threshold)
         self.int8_activations = int8_activations

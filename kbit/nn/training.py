@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit import ops
+from kbit.config import check_int8_settings
 from kbit.nn.linear import check_features, check_linear
 
 
@@ -29,6 +30,7 @@ class SwitchBackLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_int8_settings(outlier_threshold, None)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.outlier_threshold = float(outlier_threshold)
         self.int8_gradient = int8_gradient

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -24,8 +26,15 @@ def test_defaults():
         ({"bits": 4.0}, "bits must be"),
         ({"bits": "4"}, "bits must be"),
         ({"bits": [4]}, "bits must be"),
-        ({"format": "int8"}, "'int8' is no format of 4 bits; with bits=4 use: nf4, fp4"),
-        ({"bits": 8, "format": "nf4"}, "with bits=8 use: int8"),
+        ({"format": "int8"}, r"'int8' is a format of 8 bits, but bits is 4: use KbitConfig\(bits=8, format='int8'\)"),
+        ({"bits": 8, "format": "nf4"}, r"use KbitConfig\(bits=4, format='nf4'\)"),
+        ({"format": "int4"}, "format must be one of nf4, fp4, int8, got 'int4'"),
+        ({"format": 4}, "format must be one of nf4, fp4, int8, got 4"),
+        ({"bits": 8, "block_size": 128}, "block_size=128 is a setting of 4 bits"),
+        ({"int8_activations": True}, "int8_activations=True is a setting of 8 bits"),
+        ({"int8_activations": False}, "int8_activations=False is a setting of 8 bits"),
+        ({"int8_activations": "no"}, "int8_activations must be True, False or None, got 'no'"),
+        ({"outlier_threshold": 5.5}, "outlier_threshold=5.5 is a setting of 8 bits"),
         ({"block_size": 65}, "block_size must be one of 32"),
         ({"block_size": 64.0}, "block_size must be one of 32"),
         ({"double_quant": "false"}, "double_quant must be True or False"),
@@ -65,6 +74,15 @@ def test_dict_round_trip_is_json():
     assert data["quant_method"] == "kbit" and data["compute_dtype"] == "bfloat16"
     assert KbitConfig.from_dict(data) == config
     assert KbitConfig.from_dict({}) == KbitConfig()
+
+
+def test_what_was_asked():
+    assert KbitConfig().asked == KbitConfig(format=None).asked == frozenset()
+    config = KbitConfig(8, "int8", outlier_threshold=6.0)
+    assert config.asked == copy.copy(config).asked == {"bits", "format", "outlier_threshold"}
+    config.int8_activations = False
+    assert config.asked == {"bits", "format", "outlier_threshold", "int8_activations"}
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_the_callers_list_is_copied():

@@ -97,9 +97,7 @@ def test_codes_in_bf16_storage(tmp_path: Path, no_bitsandbytes: None) -> None:
     assert torch.equal(load(folder)(IDS).logits, logits)
 
 
-def test_who_loads_a_bitsandbytes_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_who_loads_a_bitsandbytes_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes or its stand-in where there is one; kbit where there is none, or where KbitConfig asks for it."""
     from transformers.quantizers import auto
 
@@ -111,9 +109,10 @@ def test_who_loads_a_bitsandbytes_checkpoint(
     monkeypatch.setattr(native, "_importable", lambda: True)
     model = load(quantized_folder(llama(), tmp_path / "4", FORMATS["nf4"]), quantization_config=KbitConfig(bits=4))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
-    with caplog.at_level("WARNING", logger="kbit"):
-        load(tmp_path / "4", quantization_config=KbitConfig(bits=8))
-    assert "stored in 4 bits" in caplog.text
+    load(tmp_path / "4", quantization_config=KbitConfig())
+    for other in ({"bits": 8}, {"format": "fp4"}, {"double_quant": False}, {"block_size": 128}):
+        with pytest.raises(ValueError, match=f"the checkpoint is stored .* asks for .*{list(other.values())[0]}"):
+            load(tmp_path / "4", quantization_config=KbitConfig(**other))
     asked = KbitConfig(bits=8, int8_activations=False, outlier_threshold=5.0, compute_dtype="float32")
     model = load(quantized_folder(llama(), tmp_path / "8", FORMATS["int8"]), quantization_config=asked)
     layer = model.model.layers[0].mlp.up_proj

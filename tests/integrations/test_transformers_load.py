@@ -198,6 +198,36 @@ def test_a_dict_and_a_checkpoint_config_work_like_the_class(tmp_path: Path) -> N
         tiny.load(path, {"quant_method": "kbit", "bits": 4, "blocksize": 64})
 
 
+def test_settings_of_the_products_are_changed_when_a_checkpoint_is_loaded(tmp_path: Path) -> None:
+    path = tiny.save(tiny.llama(), tmp_path / "source", torch.bfloat16)
+    stored = tiny.load(path, kbit.KbitConfig(bits=8, outlier_threshold=4.0))
+    stored.save_pretrained(tmp_path / "8")
+    asked = kbit.KbitConfig(bits=8, int8_activations=True, compute_dtype=torch.float16)
+    model = tiny.load(tmp_path / "8", asked)
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.outlier_threshold, layer.int8_activations, layer.compute_dtype) == (4.0, True, torch.float16)
+    by_dict = tiny.load(tmp_path / "8", {"quant_method": "kbit", "bits": 8, "outlier_threshold": 6.0})
+    assert by_dict.model.layers[0].mlp.up_proj.outlier_threshold == 6.0
+    tiny.assert_same_bits(stored, model)
+    model.save_pretrained(tmp_path / "again")
+    assert tiny.load(tmp_path / "again").model.layers[0].mlp.up_proj.int8_activations is True
+
+    tiny.load(path, kbit.KbitConfig(bits=4)).save_pretrained(tmp_path / "4")
+    model = tiny.load(tmp_path / "4", kbit.KbitConfig(compute_dtype="float32"))
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    with pytest.raises(ValueError, match="bits=4"):
+        tiny.load(tmp_path / "4", kbit.KbitConfig(bits=8, outlier_threshold=3.0))
+
+
+@pytest.mark.parametrize("asked", [{"bits": 8}, {"format": "fp4"}, {"block_size": 128}, {"double_quant": False}])
+def test_another_storage_than_the_checkpoints_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
+    config = kbit.KbitConfig(bits=4)
+    tiny.load(tiny.save(tiny.llama(), tmp_path / "source"), config).save_pretrained(tmp_path / "q")
+    ((name, value),) = asked.items()
+    with pytest.raises(ValueError, match=f"stored with {name}={getattr(config, name)!r} .* asks for {value!r}"):
+        tiny.load(tmp_path / "q", kbit.KbitConfig(**asked))
+
+
 def test_the_hugging_face_surface(tmp_path: Path) -> None:
     path = tiny.save(tiny.llama(), tmp_path, torch.bfloat16)
     model = tiny.load(path, kbit.KbitConfig(bits=4))

@@ -132,6 +132,19 @@ def test_compute_dtype(label):
     assert plain(x.bfloat16()).dtype == torch.bfloat16  # no silent detour
 
 
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -1.0, "6", None, True])
+def test_a_threshold_that_does_not_exist(threshold):
+    for make in (kbit.Linear8bit.from_linear, kbit.SwitchBackLinear.from_linear):
+        with pytest.raises(ValueError, match="outlier_threshold must be a finite number of at least 0, got"):
+            make(nn.Linear(64, 8), outlier_threshold=threshold)
+
+
+@pytest.mark.parametrize("activations", ["no", 1, 0.0])
+def test_int8_activations_are_true_false_or_none(activations):
+    with pytest.raises(ValueError, match="int8_activations must be True, False or None, got"):
+        kbit.Linear8bit.from_linear(nn.Linear(64, 8), int8_activations=activations)
+
+
 def test_representation():
     assert repr(linear("nf4")) == "Linear4bit(in_features=64, out_features=8, bias=True, nf4, block_size=64)"
     layer = kbit.Linear8bit(64, 8, False, outlier_threshold=4.5, compute_dtype=torch.float16)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbit.checkpoint import bnb
+from kbit.config import RUN_TIME_SETTINGS
 from kbit.config import KbitConfig as PlainConfig
 
 BITSANDBYTES = "bitsandbytes"
@@ -19,6 +20,8 @@ class KbitConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]
 
     # How the checkpoint that this config came from stores its weights; what is saved is native in any case.
     layout = "native"
+    # The block size that the caller spelled out, for the layout whose config.json does not tell it.
+    wanted_block_size: int | None = None
 
     __repr__ = PlainConfig.__repr__
     __eq__ = PlainConfig.__eq__
@@ -58,4 +61,4 @@ class KbitConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Settings that may differ between two loads of one checkpoint, because they do not change its bytes."""
-        return {name: getattr(self, name) for name in ("compute_dtype", "outlier_threshold", "int8_activations")}
+        return {name: getattr(self, name) for name in RUN_TIME_SETTINGS}

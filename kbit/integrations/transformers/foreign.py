@@ -207,6 +207,11 @@ class Foreign:
         if fmt.is_4bit:
             self.config.format, self.config.block_size = fmt.name, fmt.block_size
             self.config.double_quant = fmt.double_quant
+        wanted = self.config.wanted_block_size
+        if wanted is not None and wanted != self.config.block_size:
+            raise ValueError(
+                f"the checkpoint is stored as {fmt}, quantization_config asks for block_size={wanted}: leave it out"
+            )
         self.config.quantize_experts = bool(fused)
         everything = copy.copy(self.config)
         everything.skip_modules = []

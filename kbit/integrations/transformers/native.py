@@ -2,16 +2,22 @@
 
 kbit's own layers take it where `quantization_config=KbitConfig(...)` asks for them, and where nothing called
 bitsandbytes can be imported, so that transformers would only refuse. Otherwise transformers' own integration loads it.
+
+And what a KbitConfig that is passed beside a quantized checkpoint means: it changes how the weights are multiplied, and
+asking for another storage is an error.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import importlib.util
 import logging
 import sys
 from typing import Any
 
+from kbit.config import QUANT_METHOD, RUN_TIME_SETTINGS
 from kbit.config import KbitConfig as PlainConfig
 from kbit.integrations.transformers.config import KbitConfig
 
@@ -25,6 +31,39 @@ def is_bitsandbytes(config: Any) -> bool:
 
 def _importable() -> bool:
     return "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is not None
+
+
+def check_stored(config: PlainConfig, asked: PlainConfig, *names: str) -> None:
+    """ValueError where `asked` spells out another storage than that of the checkpoint with `config`."""
+    for name in names:
+        wanted, stored = getattr(asked, name), getattr(config, name)
+        if name in asked.asked and wanted != stored and not (config.bits == 8 and name == "double_quant"):
+            fmt = config.weight_format if "block_size" in names else config.format
+            raise ValueError(
+                f"the checkpoint is stored with {name}={stored!r} ({fmt}), quantization_config asks for {wanted!r}: "
+                f"leave {name} out, or quantize the floating point model"
+            )
+
+
+def with_run_time(config: KbitConfig, asked: PlainConfig) -> KbitConfig:
+    """A copy of `config` that multiplies as `asked` spells out; what is stored stays. ValueError as from KbitConfig."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(PlainConfig)}
+    settings |= {name: getattr(asked, name) for name in asked.asked & set(RUN_TIME_SETTINGS)}
+    PlainConfig(**settings)  # refuses what these bits would ignore
+    config = copy.copy(config)
+    for name in RUN_TIME_SETTINGS:
+        setattr(config, name, settings[name])
+    return config
+
+
+def _warn_of_modules(config: PlainConfig, asked: PlainConfig) -> None:
+    """Which modules are quantized stands in the checkpoint; somebody may ask for the same in other words."""
+    for name in ("skip_modules", "quantize_embeddings", "quantize_experts"):
+        if name in asked.asked and getattr(asked, name) != getattr(config, name):
+            logger.warning(
+                "%s=%r is ignored: the checkpoint's modules load as they are stored (%r)",
+                *(name, getattr(asked, name), getattr(config, name)),
+            )
 
 
 def install(auto: Any) -> None:
@@ -44,17 +83,26 @@ def install(auto: Any) -> None:
     @functools.wraps(merge)
     def merge_or_take(quantization_config: Any, quantization_config_from_args: Any = None, **kwargs: Any) -> Any:
         asked = quantization_config_from_args
-        if is_bitsandbytes(quantization_config) and isinstance(asked, PlainConfig):
+        if isinstance(asked, dict) and asked.get("quant_method") == QUANT_METHOD:
+            asked = PlainConfig.from_dict(asked)
+        if not isinstance(asked, PlainConfig):
+            return merge(quantization_config, asked, **kwargs)
+        if is_bitsandbytes(quantization_config):
             config = KbitConfig.from_bitsandbytes(quantization_config)
-            # The checkpoint decides the bytes; these say how they are multiplied.
-            for name in ("compute_dtype", "outlier_threshold", "int8_activations"):
-                setattr(config, name, getattr(asked, name))
-            if asked.bits != config.bits:
-                logger.warning(
-                    "the checkpoint is stored in %d bits and loads so; bits=%d is ignored", config.bits, asked.bits
-                )
-            return config
-        return merge(quantization_config, asked, **kwargs)
+            # The block size is known once the weights are read.
+            check_stored(config, asked, "bits", "format", "double_quant")
+            config.wanted_block_size = asked.block_size if "block_size" in asked.asked else None
+            return with_run_time(config, asked)
+        run_time = asked.asked & set(RUN_TIME_SETTINGS)
+        # Given both, transformers warns that the checkpoint's is taken, which is not so for what `asked` changes.
+        config = merge(quantization_config, None if run_time else asked, **kwargs)
+        if isinstance(config, PlainConfig):
+            check_stored(config, asked, "bits", "format", "double_quant", "block_size")
+            _warn_of_modules(config, asked)
+            config = with_run_time(config, asked)
+        elif run_time:
+            config = merge(quantization_config, asked, **kwargs)  # another library's checkpoint: transformers' error
+        return config
 
     choose._kbit = True  # type: ignore[attr-defined]
     configs.from_dict = staticmethod(choose)
