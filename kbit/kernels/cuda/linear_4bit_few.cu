@@ -19,6 +19,7 @@
 // multiprocessor), SCALES, CODEBOOK, the 16 values in 16 bits, and DYNAMIC_MAP, the 256 levels of scales.
 
 #include "hopper.h"
+#include "epilogue.h"
 #include "weights.h"
 
 constexpr int ROWS = 16 * R * WR;                  // rows of W a tile
@@ -76,24 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 #if CLUSTER > 1
     __cluster_dims__(1, 1, CLUSTER)
 #endif
-#if WEIGHTS > 1
-linear_4bit(const __grid_constant__ Weights weights, const __grid_constant__ TensorMap map_x, const __grid_constant__ Outs outs, int M, int K,
-            int) {
-  const int mine = weight_of(weights, blockIdx.x);
-  const Weight& weight = weights.weight[mine];
-  const TensorMap& map_w = weight.map_w;
-  const void* const __restrict__ absmax = weight.absmax;
-  const float* const __restrict__ nested_absmax = weight.nested_absmax;
-  const float* const __restrict__ offset = weight.offset;
-  const u16* const __restrict__ bias = weight.bias;
-  u16* const __restrict__ out = outs.out[mine];
-  const int N = weight.n, row0 = ((int)blockIdx.x - weight.first_tile) * ROWS;
-#else
-linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const void* __restrict__ absmax,
-            const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
-            u16* __restrict__ out, int M, int N, int K, int, const int* __restrict__, int) {
-  const int row0 = blockIdx.x * ROWS;
-#endif
+#include "linear_4bit_parameters.h"
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 x_base = base + STAGES * W_BYTES;
@@ -282,33 +266,5 @@ linear_4bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
           asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + ((warp_k * NT + token) * PITCH + row) * 4), "f"(acc[r][n][i]) : "memory");
         }
   }
-  if (CLUSTER > 1) cluster_sync();
-  else __syncthreads();
-  const int items = min(NT, M - token0) * (ROWS / 4);
-  for (int item = thread + rank * THREADS; item < items; item += THREADS * CLUSTER) {
-    const int token = item / (ROWS / 4), row = item % (ROWS / 4) * 4, n = row0 + row;
-    if (n >= N) continue;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int r = 0; r < CLUSTER; r++)
-#pragma unroll
-      for (int k = 0; k < WK; k++) {
-        const u32 at = base + ((k * NT + token) * PITCH + row) * 4;
-        float4 v;
-        if (CLUSTER > 1) v = load_remote(at, r);
-        else asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
-        sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
-      }
-    float value[4] = {sum.x, sum.y, sum.z, sum.w};
-    u16* to = out + (size_t)(token0 + token) * N + n;
-    u16 half[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) half[i] = to_half(value[i] + (bias && n + i < N ? from_half(bias[n + i]) : 0.f));
-    if ((N & 3) == 0) {
-      *(uint2*)to = make_uint2(half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16);
-    } else {
-      for (int i = 0; i < 4 && n + i < N; i++) to[i] = half[i];
-    }
-  }
-  if (CLUSTER > 1) cluster_sync();  // nobody leaves while its memory is read
+  store_sums<NT, ROWS, PITCH, WK, THREADS, CLUSTER>(base, rank, thread, token0, row0, M, N, out, [&](float v, int n) { return v + (bias && n < N ? from_half(bias[n]) : 0.f); });
 }

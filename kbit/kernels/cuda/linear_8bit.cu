@@ -12,6 +12,7 @@
 // generated for NT.
 
 #include "hopper.h"
+#include "epilogue.h"
 #include "weights.h"
 #include "wgmma.h"
 
@@ -173,36 +174,8 @@ linear_8bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
       asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + ((group_k * NT + token) * PITCH + row) * 4), "f"(acc[i]) : "memory");
     }
   }
-  if (CLUSTER > 1) cluster_sync();
-  else __syncthreads();
-  const int items = min(NT, M - token0) * (ROWS / 4);
-  for (int item = thread + rank * THREADS; item < items; item += THREADS * CLUSTER) {
-    const int token = item / (ROWS / 4), row = item % (ROWS / 4) * 4, n = row0 + row;
-    if (n >= N) continue;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int r = 0; r < CLUSTER; r++)
-#pragma unroll
-      for (int k = 0; k < WK; k++) {
-        const u32 at = base + ((k * NT + token) * PITCH + row) * 4;
-        float4 v;
-        if (CLUSTER > 1) v = load_remote(at, r);
-        else asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
-        sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
-      }
-    float value[4] = {sum.x, sum.y, sum.z, sum.w};
-    u16* to = out + (size_t)(token0 + token) * N + n;
-    u16 half[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int at = min(n + i, N - 1);
-      half[i] = to_half(__fadd_rn(value[i] * (absmax[at] * 0.007874015748031496f), bias ? from_half(bias[at]) : 0.f));
-    }
-    if ((N & 3) == 0) {
-      *(uint2*)to = make_uint2(half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16);
-    } else {
-      for (int i = 0; i < 4 && n + i < N; i++) to[i] = half[i];
-    }
-  }
-  if (CLUSTER > 1) cluster_sync();  // nobody leaves while its memory is read
+  store_sums<NT, ROWS, PITCH, WK, THREADS, CLUSTER>(base, rank, thread, token0, row0, M, N, out, [&](float v, int n) {
+    const int at = min(n, N - 1);
+    return __fadd_rn(v * (absmax[at] * 0.007874015748031496f), bias ? from_half(bias[at]) : 0.f);
+  });
 }

@@ -18,7 +18,7 @@ from kbit.kernels.triton.experts_8bit import rows_of_tile, tile_count
 from kbit.kernels.triton.linear_4bit import add_splits_kernel, values_as
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # one compilation for every number of rows
 def experts_4bit_kernel(
     x,
     offsets,
@@ -69,7 +69,7 @@ def experts_4bit_kernel(
     tl.store(place, acc.to(out.dtype.element_ty), mask=(m[None, :] < stop) & (n[:, None] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # one compilation for every number of rows
 def experts_4bit_grad_input_kernel(
     grad,
     offsets,

@@ -32,7 +32,7 @@ def rows_of_tile(offsets, tile, S, E, BM: tl.constexpr, EP: tl.constexpr):
     return expert, first, tl.sum(tl.where(e == expert, end, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # one compilation for every number of rows
 def experts_8bit_kernel(
     x,
     offsets,
@@ -82,7 +82,7 @@ def experts_8bit_kernel(
     tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # one compilation for every number of rows
 def experts_8bit_grad_input_kernel(
     grad,
     offsets,

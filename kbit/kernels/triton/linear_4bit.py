@@ -26,7 +26,7 @@ def values_as(name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     return codebook(name, device).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for every number of tokens
 def linear_4bit_kernel(
     x,
     packed,

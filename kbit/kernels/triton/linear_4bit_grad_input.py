@@ -16,7 +16,7 @@ from kbit.kernels.triton import tiles
 from kbit.kernels.triton.common import NO_FMA, as_rows, decode_elements, on_device, scales_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for every number of tokens
 def linear_4bit_grad_input_kernel(
     grad,
     packed,

@@ -26,7 +26,7 @@ def finish(acc, absmax, bias, n, N, BIAS: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for every number of tokens
 def linear_8bit_kernel(
     x,
     weight,

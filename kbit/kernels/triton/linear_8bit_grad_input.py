@@ -16,7 +16,7 @@ from kbit.kernels.triton.common import NO_FMA, as_float, as_rows, on_device
 from kbit.kernels.triton.dequantize_int8 import decode_int8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for every number of tokens
 def linear_8bit_grad_input_kernel(
     grad,
     weight,

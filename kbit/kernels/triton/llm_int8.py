@@ -34,7 +34,7 @@ def outlier_columns_kernel(flags, columns, count, K, TILE: tl.constexpr):
     tl.store(count, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for every number of tokens
 def llm_int8_kernel(
     codes,
     rows,
