@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from kbit.optim import sharding
 from kbit.optim import state as states
 from kbit.optim.batch import Batch, Item, step_native, step_plain
-from kbit.optim.checkpoint import ALGORITHM_KEY, load_groups, load_state, reshardable
+from kbit.optim.checkpoint import load_groups, load_state, reshardable
+from kbit.optim.foreign import ALGORITHM_KEY
 from kbit.optim.paging import synchronize
 from kbit.optim.rules import Rule, rule_for
-from kbit.optim.settings import check, override_targets, refuse_keywords
-
-# What the constructor decides, and a checkpoint does not change.
-STRUCTURE = ("optim_bits", "min_8bit_size", "is_paged", "stochastic_rounding", "kahan")
+from kbit.optim.settings import check, check_keys, forced, override_targets, refuse_keywords
 
 
 class KbitOptimizer(torch.optim.Optimizer):
@@ -42,6 +40,8 @@ class KbitOptimizer(torch.optim.Optimizer):
     # Set by the classes whose name says so.
     forced_bits: int | None = None
     forced_paging: bool | None = None
+    # Whether a parameter group may hold keys that nobody here knows.
+    free_keys = False
 
     def __init__(
         self,
@@ -66,11 +66,9 @@ class KbitOptimizer(torch.optim.Optimizer):
         }
         if args is not None:
             structure |= {key: getattr(args, key) for key in structure if hasattr(args, key)}
-        if self.forced_bits is not None:
-            structure["optim_bits"] = self.forced_bits
-        structure["is_paged"] = is_paged if self.forced_paging is None else self.forced_paging
-        structure |= {"stochastic_rounding": stochastic_rounding, "kahan": kahan}
+        structure |= {"is_paged": is_paged, "stochastic_rounding": stochastic_rounding, "kahan": kahan}
         refuse_keywords(type(self).__name__, unknown, {**defaults, **structure})
+        structure |= forced(type(self).__name__, structure, self.forced_bits, self.forced_paging)
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
         self._batches: dict[int, tuple[Any, list[Tensor], list[Batch]]] = {}
@@ -82,7 +80,14 @@ class KbitOptimizer(torch.optim.Optimizer):
     # -- settings ---------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; settings that it does not name are the constructor's."""
+        """Add a group; settings that it does not name are the constructor's.
+
+        Beside settings a group may hold what schedulers write (`initial_lr`, ...) and labels (`name`, `lr_scale`,
+        `layer_id`, or any key that starts with `_`). Raises TypeError for any other key, ValueError for a value out
+        of range; nothing is added then.
+        """
+        if isinstance(param_group, dict):
+            check_keys(type(self).__name__, self.algorithm, param_group, self.defaults, self.free_keys)
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -277,13 +282,14 @@ class KbitOptimizer(torch.optim.Optimizer):
         """Load what `state_dict` returned, exactly; also checkpoints of bitsandbytes and torch.optim.
 
         States take the containers that this optimizer was constructed for: an 8-bit checkpoint loads into a 32-bit
-        optimizer and the reverse. Raises ValueError where algorithm, groups, names or shapes do not fit; nothing is
-        changed then.
+        optimizer and the reverse, where fp32 states become codes in the next step, so that an `override` may come
+        between. Raises ValueError where algorithm, groups, names, shapes or values do not fit; nothing is changed
+        then.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             if (changed := hook(self, state_dict)) is not None:
                 state_dict = changed
-        groups = load_groups(self, state_dict, STRUCTURE)
+        groups = load_groups(self, state_dict)
         loaded = load_state(self, state_dict, groups)
         for group, new in zip(self.param_groups, groups, strict=True):
             group.clear()

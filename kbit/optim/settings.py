@@ -23,6 +23,11 @@ _FLAGS = (
     "bias_correction",
     "use_muon",
 )
+# Keys of a parameter group that are no settings: what schedulers write, and labels that training scripts read.
+_LABELS: tuple[str, ...] = ("params", "param_names", "name", "group_name", "layer_id", "lr_scale", "lr_mult")
+_LABELS += ("initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "base_momentum", "max_momentum")
+# Settings of torch.optim that ask for nothing where they are off.
+_OFF = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable")
 # Keywords of earlier bitsandbytes and of torch.optim -> what to do instead.
 _ADVICE = {
     "percentile_clipping": "leave it out, and clip with torch.nn.utils.clip_grad_norm_",
@@ -32,16 +37,59 @@ _ADVICE = {
     "fused": "leave it out: a step is always one launch for all tensors of a kind",
     "foreach": "leave it out: a step is always one launch for all tensors of a kind",
     "capturable": "leave it out: steps can be captured in a CUDA graph where lr is a tensor on the GPU",
+    "amsgrad": "leave it out, or use torch.optim",
     "maximize": "negate the loss",
     "differentiable": "use torch.optim",
 }
 
 
-def refuse_keywords(name: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+def refuse_keywords(name: str, unknown: Mapping[str, Any], known: Iterable[str]) -> None:
     """TypeError for constructor arguments that optimizer `name` lacks."""
     for keyword in sorted(unknown):
-        advice = _ADVICE.get(keyword, f"its settings are {', '.join(sorted(known))}")
-        raise TypeError(f"{name} has no argument {keyword!r}: {advice}")
+        if keyword not in _OFF or unknown[keyword]:
+            advice = _ADVICE.get(keyword, f"its settings are {', '.join(sorted(known))}")
+            raise TypeError(f"{name} has no argument {keyword!r}: {advice}")
+
+
+def check_keys(name: str, algorithm: str, group: Mapping[str, Any], known: Iterable[str], free: bool) -> None:
+    """TypeError for a key of a parameter group that is neither a setting of optimizer `name` nor a label.
+
+    ValueError for amsgrad, as where it is an argument.
+    free: take keys that nobody knows for labels; those with an advice are refused all the same.
+    """
+    known = set(known)
+    for key in group:
+        if key in known or key in _LABELS or str(key).startswith("_"):
+            continue
+        value = group[key]
+        if (key in _OFF and not value) or (key == "decoupled_weight_decay" and value == (algorithm == "adamw")):
+            continue  # a group of torch.optim, which asks for nothing else
+        if key == "amsgrad":
+            raise ValueError(f"{name} does not support amsgrad=True, which a parameter group holds")
+        if free and key not in _ADVICE:
+            continue
+        advice = _ADVICE.get(key, f"its settings are {', '.join(sorted(known))}. For a label, use 'name' or '_{key}'")
+        raise TypeError(f"{name} has no setting {key!r}, which a parameter group holds: {advice}")
+
+
+def forced(name: str, given: Mapping[str, Any], bits: int | None, paging: bool | None) -> dict[str, Any]:
+    """The settings that the name of an optimizer fixes. ValueError where an argument says otherwise.
+
+    bitsandbytes' 8-bit classes take optim_bits=32, their default, and have 8 bits all the same: so do ours.
+    """
+    fixed: dict[str, Any] = {}
+    if bits is not None:
+        if given["optim_bits"] not in (bits, 32):
+            raise ValueError(
+                f"{name} has {bits}-bit states, and optim_bits={given['optim_bits']!r} asks for something else: leave "
+                f"it out, or choose {name.removesuffix(f'{bits}bit')} with optim_bits=8 or 32"
+            )
+        fixed["optim_bits"] = bits
+    if paging is not None:
+        if given["is_paged"] not in (True, False):
+            raise ValueError(f"invalid is_paged: {given['is_paged']!r} (must be True or False)")
+        fixed["is_paged"] = paging
+    return fixed
 
 
 def check(config: Mapping[str, Any], algorithm: str) -> None:
@@ -50,7 +98,9 @@ def check(config: Mapping[str, Any], algorithm: str) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"invalid learning rate: a tensor of shape {tuple(lr.shape)} (must hold one element)")
-    elif not _is_number(lr) or not 0.0 <= lr < math.inf:
+        if lr.device.type != "meta":
+            lr = float(lr)  # waits for a GPU, here and not in a step
+    if not isinstance(lr, Tensor) and (not _is_number(lr) or not 0.0 <= lr < math.inf):
         raise ValueError(f"invalid learning rate: lr={lr!r} (must be a number, 0 or more)")
     for key in _NOT_NEGATIVE:
         if key in config and (not _is_number(config[key]) or not 0.0 <= config[key] < math.inf):
@@ -95,6 +145,8 @@ def check_muon(config: Mapping[str, Any]) -> None:
         raise ValueError(f"invalid ns_coefficients: {coefficients!r} (must be three numbers)")
     if not config["use_muon"]:
         return
+    if config["momentum"] >= 1.0:
+        raise ValueError(f"invalid momentum: {config['momentum']!r} (must be in [0, 1): it is the decay of an average)")
     for key in ("kahan", "stochastic_rounding", "skip_zeros", "max_unorm"):
         if config[key]:
             raise ValueError(

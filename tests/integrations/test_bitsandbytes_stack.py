@@ -21,6 +21,7 @@ FLOWS = [
     "damaged_checkpoints",
     "peft",
     "trainer",
+    "trainer_resumes_exactly",
     "optimizer_names",
     "accelerate",
     "late_install",

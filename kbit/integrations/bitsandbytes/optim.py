@@ -47,7 +47,9 @@ class Optimizer2State(Optimizer8bit):
 
 
 class _Managed(native.KbitOptimizer):
-    """Asks the GlobalOptimManager for overrides, and takes keywords of earlier versions."""
+    """Asks the GlobalOptimManager for overrides, and takes keywords of earlier versions and any label of a group."""
+
+    free_keys = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in _OLD_KEYWORDS.keys() & kwargs.keys():
@@ -60,6 +62,14 @@ class _Managed(native.KbitOptimizer):
         super().__init__(*args, **kwargs)
 
     def _run(self) -> None:
+        self._take_overrides()
+        super()._run()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._take_overrides()  # Trainer has registered them by now; they say which states there are
+        super().load_state_dict(state_dict)
+
+    def _take_overrides(self) -> None:
         manager = GlobalOptimManager.get_instance()
         if manager.version != self._seen_overrides:
             self._seen_overrides = manager.version
@@ -67,7 +77,6 @@ class _Managed(native.KbitOptimizer):
             for p, config in manager.overrides():
                 if p in own and config:
                     self.override(p, **config)
-        super()._run()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

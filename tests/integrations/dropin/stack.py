@@ -227,6 +227,42 @@ def trainer():
         assert resumed.state.global_step == 8
 
 
+def trainer_resumes_exactly():
+    """Trainer overrides embeddings to 32 bits after constructing: a resumed run continues to the bit all the same."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": IDS[0] + i % 8, "labels": IDS[0] + i % 8} for i in range(16)]
+
+    def run(steps, resume=None):
+        arguments = TrainingArguments(
+            output_dir=str(SCRATCH / "resume"),
+            per_device_train_batch_size=4,
+            max_steps=steps,
+            save_steps=3,
+            lr_scheduler_type="constant",
+            learning_rate=1e-3,
+            optim="adamw_bnb_8bit",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        model = AutoModelForCausalLM.from_pretrained(MODEL, torch_dtype=torch.float32)
+        made = Trainer(model=model, args=arguments, train_dataset=data)
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole = run(6)
+    resumed = run(6, str(SCRATCH / "resume" / "checkpoint-3"))
+    table = whole.model.get_input_embeddings().weight
+    states = [trainer.optimizer.optimizer.state for trainer in (whole, resumed)]
+    assert states[0][table]["exp_avg"].dtype == torch.float32
+    assert any(v.dtype == torch.uint8 for s in states[0].values() for v in s.values())
+    for one, other in zip(states[0].values(), states[1].values(), strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def optimizer_names():
     """Every name of Trainer's that stands for an optimizer of bitsandbytes gives ours, of its bits, and it steps."""
     from transformers import Trainer, TrainingArguments
@@ -325,6 +361,7 @@ FLOWS = [
     damaged_checkpoints,
     peft,
     trainer,
+    trainer_resumes_exactly,
     optimizer_names,
     accelerate,
     late_install,
