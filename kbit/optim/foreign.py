@@ -2,7 +2,8 @@
 
 bitsandbytes keeps `state1`, `state2` (fp32, or codes with `qmap*` and `absmax*`) below the key
 `__bnb_optimizer_quant_state__` of each parameter, older versions directly in the parameter's state; AdEMAMix stacks two
-states in `state1`. Codes are taken over bit for bit where map, sign and block size are ours, else re-quantized.
+states in `state1`. Codes are taken over bit for bit where map, sign and block size are ours, else re-quantized; but for
+second moments that were rounded to 0 beside a momentum that was not, see `_smallest_code`.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ def state_from_bnb(values: Mapping[str, Any], p: Tensor, rule: Rule, where: str)
             f"bitsandbytes state of {where} holds {len(sources)} tensors, this optimizer has "
             f"{len(rule.states)} ({wanted}): the checkpoint is another algorithm's"
         )
+    moving = torch.zeros((), dtype=torch.bool)  # elements that have momentum
     for spec, (stored, absmax, qmap) in zip(rule.states, sources, strict=True):
         if stored.numel() != p.numel():
             raise ValueError(f"bitsandbytes state of {where} has {stored.numel()} elements, not {p.numel()}")
@@ -158,11 +160,28 @@ def state_from_bnb(values: Mapping[str, Any], p: Tensor, rule: Rule, where: str)
                 f"bitsandbytes state of {where} is not block-wise (an old layout); load it with bitsandbytes "
                 "and save fp32 states"
             )
-        elif _is_ours(stored, absmax, qmap, spec):
-            out[spec.name], out[states.absmax_key(spec.name)] = stored, absmax
         else:
-            out[spec.name] = _decode(stored, absmax, qmap, where)
+            decoded = _decode(stored, absmax, qmap, where)
+            if spec.signed:
+                moving = moving.to(stored.device) | (decoded != 0)
+            elif (lost := moving.to(stored.device) & (decoded == 0)).any():
+                stored = torch.where(lost, _smallest_code(qmap), stored)
+                decoded = _decode(stored, absmax, qmap, where)
+            if _is_ours(stored, absmax, qmap, spec):
+                out[spec.name], out[states.absmax_key(spec.name)] = stored, absmax
+            else:
+                out[spec.name] = decoded
     return out
+
+
+def _smallest_code(qmap: Tensor) -> Tensor:
+    """The code of the smallest positive value of a map.
+
+    It stands for second moments that were rounded to 0 beside much larger ones, while there is momentum. Their next
+    step would else divide old momentum by the root of the next square alone: up to 1 / sqrt(1 - beta2), 31 for 0.999,
+    times too large a step.
+    """
+    return qmap.float().masked_fill(qmap <= 0, float("inf")).argmin().to(torch.uint8)
 
 
 def _is_ours(codes: Tensor, absmax: Tensor, qmap: Tensor, spec: StateSpec) -> bool:

@@ -12,6 +12,10 @@ saves or moves optimizers can handle them:
 Blocks of 256 run over the parameter's row-major order, whatever its memory layout. First moments use the signed map,
 second moments the unsigned one ("8-bit Optimizers via Block-wise Quantization", Dettmers et al. 2021,
 arXiv 2110.02861): 1 + 4/256 bytes an element and state, 2.03 bytes a parameter for Adam.
+
+Codes are the nearest, but for one rule: a positive second moment never gets the code of 0. It takes the smallest
+positive code instead, since an update divides by its root: beside an element whose gradients are thousands of times
+larger it would else be lost, its momentum not, and the next step be thousands of times too large.
 """
 
 from __future__ import annotations
@@ -96,8 +100,9 @@ def write(state: dict[str, Any], spec: StateSpec, values: Tensor) -> None:
     if stored.dtype != torch.uint8:
         stored.copy_(values)
         return
-    codes, absmax = quantize_dynamic(flush(values), spec.signed, BLOCK_SIZE)
-    stored.copy_(codes)
+    values = flush(values)
+    codes, absmax = quantize_dynamic(values, spec.signed, BLOCK_SIZE)
+    stored.copy_(codes if spec.signed else lift(codes, values > 0))
     kept = sharding.local(state[absmax_key(spec.name)])
     kept.copy_(absmax.view(kept.shape))
 
@@ -105,6 +110,11 @@ def write(state: dict[str, Any], spec: StateSpec, values: Tensor) -> None:
 def flush(values: Tensor) -> Tensor:
     """Zero instead of subnormal numbers."""
     return values.masked_fill(values.abs() < SMALLEST, 0.0)
+
+
+def lift(codes: Tensor, positive: Tensor) -> Tensor:
+    """Codes of the unsigned map with its smallest positive one, 1, instead of 0 where `positive` (bool) says so."""
+    return codes.maximum(positive.to(codes.dtype))
 
 
 def convert(state: dict[str, Any], spec: StateSpec, like: Tensor, bits8: bool, paged: bool) -> None:

@@ -79,6 +79,13 @@ static float __fdiv_rn(float a, float b) { return a / b; }
 static float __frcp_rn(float a) { return 1.0f / a; }
 
 static float host_flush(float a) { return fabsf(a) < 1.17549435e-38f ? copysignf(0.0f, a) : a; }
+// fma.rp.ftz.f32 for a product of a sign with `smallest`, which the sum is no less than: rounded up.
+static float host_fma_up(float a, float b, float smallest) {
+  double product = double(host_flush(a)) * host_flush(b), sum = product + smallest;  // the sum is exact, or next to smallest
+  float rounded = float(sum);
+  bool up = rounded < sum || (sum == smallest && product > 0);
+  return up ? nextafterf(rounded, INFINITY) : rounded;
+}
 static float host_larger(float a, float b) { return a != a || b != b ? NAN : std::max(a, fabsf(b)); }
 // prmt.b32: four bytes chosen out of eight by nibbles; a nibble's upper bit asks for the byte's sign instead.
 static unsigned host_permute(unsigned a, unsigned b, unsigned selector) {

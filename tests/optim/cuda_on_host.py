@@ -44,10 +44,12 @@ REPLACED = {
 }  # fmt: skip
 LINES = {
     'asm("mul.ftz.f32 %0, %1, %2;" : "=f"(a) : "f"(x), "f"(inverse));': "a = host_flush(x * inverse);",
+    'asm("fma.rp.ftz.f32 %0, %1, %2, %3;" : "=f"(a) : "f"(x), "f"(inverse), "f"(SMALLEST));':
+        "a = host_fma_up(x, inverse, SMALLEST);",
     'asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));': "y = 1.0f / x;",
     'asm volatile("griddepcontrol.wait;" ::: "memory");': "",
     "extern __shared__ __align__(1024) char memory[];": "",
-}
+}  # fmt: skip
 ENTRY = """
 extern "C" void run(const i64* table, int rows, int blocks, const u32* lookup, const Hyper* hyper, const void* lr,
                     const i64* counted, int counted_rows, u32* tickets) {

@@ -91,6 +91,32 @@ def test_live_checkpoint_continues_as_bitsandbytes_would(name, settings, signs, 
     assert agree < 0.05
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("block", [256, 2048])
+def test_second_moments_that_were_rounded_away_get_the_smallest_code(bits, block):
+    """Codes of 0 beside momentum, as a large gradient leaves them in its block: the next step must not be large."""
+    saved = torch.load(GOLDEN, weights_only=True)
+    wrapped = saved["optimizer"]["state"][0]["__bnb_optimizer_quant_state__"]
+    momentum = wrapped["qmap1"][wrapped["state1"].long()] != 0
+    lost = torch.arange(wrapped["state2"].numel()).view_as(momentum) % 3 == 0
+    wrapped["state2"][lost] = 0
+    wrapped["state1"].view(-1)[:30] = 127
+    momentum.view(-1)[:30] = False
+    if block == 2048:
+        wrapped |= {"absmax1": wrapped["absmax1"][:3].clone(), "absmax2": wrapped["absmax2"][:3].clone()}
+    params = [torch.nn.Parameter(p.clone()) for p in saved["params"]]
+    optimizer = optim.AdamW(params, optim_bits=bits)
+    optimizer.load_state_dict(saved["optimizer"])
+    state = optimizer.state[params[0]]
+    if bits == 8 and block == 256:
+        assert torch.equal(state["exp_avg_sq"], torch.where(lost & momentum, 1, wrapped["state2"]))
+    squares = decoded(state, "exp_avg_sq", False)
+    assert (squares > 0)[lost & momentum].all() and (squares == 0)[lost & ~momentum].all()
+    smallest = wrapped["qmap2"][1] * wrapped["absmax2"].repeat_interleave(block)[: squares.numel()]
+    torch.testing.assert_close(squares.view(-1)[lost.view(-1) & momentum.view(-1)],
+                               smallest[lost.view(-1) & momentum.view(-1)])  # fmt: skip
+
+
 def test_old_layouts_are_read_or_refused():
     """Blocks of 2,048 (before 0.44) are re-quantized; states without block scales are refused with the remedy."""
     saved = torch.load(GOLDEN, weights_only=True)

@@ -63,18 +63,19 @@ def test_states_equal_the_cpus(dtype):
         for p, q in zip(params, twins, strict=True):
             for name, value in here.state[q].items():
                 mine = there.state[p][name].cpu()
+                values = codebook("dynamic8" if "sq" not in name else "dynamic8-unsigned")
+                apart_at_most = 2 * values.diff().max().item()
                 # Where two codes are equally near, either may be chosen; gradients in bf16 meet such values. A later
                 # gradient may bring such a sum close to zero, where the map is dense, or make it its block's largest:
-                # the values stay a step or two of the map apart.
+                # the values stay a step or two of the map apart (a step is at most 0.9 / 64 of absmax, unsigned half).
                 if value.dtype != torch.uint8:
                     far = (mine - value).abs() > 1e-5 * value.abs()
                     assert far.sum() <= (0 if dtype == torch.float32 else 1 + value.numel() // 100), (kind, name)
-                    torch.testing.assert_close(mine, value, rtol=1e-2, atol=0)
+                    torch.testing.assert_close(mine, value, rtol=apart_at_most, atol=0)
                     continue
                 apart = (mine.int() - value.int()).abs()
-                values = codebook("dynamic8" if "sq" not in name else "dynamic8-unsigned")
                 far = (values[mine.long()] - values[value.long()]).abs()
-                assert (far[apart > 1] <= 2 * values.diff().max()).all(), (kind, name, far.max())
+                assert (far[apart > 1] <= apart_at_most).all(), (kind, name, far.max())
                 assert (apart > 0).sum() <= 1 + value.numel() // (10_000 if dtype == torch.float32 else 300)
             torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-2, atol=1e-3)
 

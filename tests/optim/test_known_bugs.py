@@ -118,6 +118,52 @@ def test_1185_1859_1996_non_contiguous_gradients(backend):
     assert torch.equal(weight.t(), p.detach()), "the parameter was moved away from its storage"
 
 
+def beside_a_large_gradient(name: str, bits: int, backend: str, factor: float) -> list[torch.Tensor]:
+    """Moves, step by step, of 255 elements that share a block with one whose gradients are `factor` times theirs."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.ones(256, 16))
+    optimizer = getattr(optim, name)([p], lr=0.01, weight_decay=0.0, optim_bits=bits, min_8bit_size=1)
+    optimizer.backend = backend
+    moves = []
+    for _ in range(20):
+        before = p.detach().clone()
+        p.grad = torch.randn(256, 16, generator=generator)
+        p.grad[0, 0] *= factor
+        optimizer.step()
+        moves.append((p.detach() - before).view(-1)[1:256])
+    return moves
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1e4, 1e7])
+@pytest.mark.parametrize("name", ["AdamW", "AdEMAMix", "LAMB", "RMSprop", "Adagrad"])
+def test_a_large_gradient_does_not_throw_its_neighbours(name, factor, backend):
+    """Their second moments are too small for a code, but no steps are larger for it: not 2000 times, not 1.1 times."""
+    few, many = (beside_a_large_gradient(name, bits, backend, factor) for bits in (8, 32))
+    largest = max(move.abs().max() for move in many)
+    assert max(move.abs().max() for move in few) < 1.1 * largest
+    assert torch.stack(few).sum(0).abs().max() < 1.1 * torch.stack(many).sum(0).abs().max()
+    for move, wanted in zip(few, many, strict=True):  # smaller steps, but steps, in the same directions
+        assert (move * wanted).sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix8bit", "RMSprop8bit", "Adagrad8bit"])
+def test_rows_without_a_gradient_keep_the_code_of_zero(name, backend):
+    """Rows of an embedding share blocks with others; those that were never seen do not move."""
+    p = torch.nn.Parameter(torch.randn(100, 64))
+    before = p.detach().clone()
+    optimizer = getattr(optim, name)([p], lr=0.01, weight_decay=0.0)
+    optimizer.backend = backend
+    seen = torch.arange(100) % 3 == 0
+    for _ in range(5):
+        p.grad = torch.randn(100, 64) * 10.0 ** torch.randint(-6, 6, (100, 64)) * seen[:, None]
+        optimizer.step()
+    squares = next(v for k, v in optimizer.state[p].items() if k in ("exp_avg_sq", "square_avg", "sum"))
+    assert (squares[~seen] == 0).all() and (squares[seen] > 0).all()
+    assert torch.equal(p.detach()[~seen], before[~seen]) and (p.detach() != before)[seen].any()
+
+
 def test_962_782_2069_paging_survives_resume():
     """is_paged is the optimizer's, not the checkpoint's: a resumed paged optimizer pages on."""
     p = torch.nn.Parameter(torch.randn(5000))

@@ -109,6 +109,36 @@ def test_equals_plain_torch(name, settings, bits):
     check(run(BACKEND, name, settings, bits, dtype), run("torch", name, settings, bits, dtype))
 
 
+@pytest.mark.parametrize("name", ["AdamW", "AdEMAMix", "RMSprop", "Adagrad"])
+def test_second_moments_beside_much_larger_ones(name):
+    """Squares too small for a code, in blocks of usual, very large and very small values: 0 has its code, alone."""
+    results = []
+    for backend in (BACKEND, "torch"):
+        generator = torch.Generator().manual_seed(0)
+        sizes = (1.0, 1e12, 1e-18, 1e-25)
+        params = [torch.nn.Parameter(torch.randn(1100, generator=generator).to(DEVICE)) for _ in sizes]
+        optimizer = getattr(optim, name)(params, lr=0.01, optim_bits=8, min_8bit_size=1)
+        optimizer.backend = backend
+        for _ in range(2):
+            for p, size in zip(params, sizes, strict=True):
+                g = torch.randn(1100, generator=generator) * size
+                g[::256] *= 1e5
+                g[1::256] *= 1e-12
+                g[512:768] *= 1e-12
+                g[512] *= 1e15
+                g[2::5] = 0.0
+                p.grad = g.to(DEVICE)
+            optimizer.step()
+        results.append({f"p{i}": p.detach() for i, p in enumerate(params)})
+        results[-1] |= {f"{k}{i}": v for i, p in enumerate(params) for k, v in optimizer.state[p].items()}
+    check(*results)
+    for index, size in enumerate(sizes):
+        key = next(key for key in ("exp_avg_sq", "square_avg", "sum") if key + "0" in results[0]) + str(index)
+        ours, plain = (r[key].cpu() for r in results)
+        assert torch.equal(ours == 0, plain == 0) and (plain == 0)[2::5].all(), key
+        assert size < 1 or (plain == 1).sum() > 500, key
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_low_precision_parameters(bits, dtype):
@@ -142,10 +172,12 @@ def test_codes_equal_the_oracle(signed):
     kind.backend = BACKEND
     kind.step()
     name = "momentum_buffer" if signed else "sum"
-    codes, absmax = quantize_dynamic(values if signed else values * values, signed, 256)
+    wanted = values if signed else values * values
+    codes, absmax = quantize_dynamic(wanted, signed, 256)
+    if not signed:  # a positive sum of squares has the smallest positive code at least
+        codes = codes.maximum((wanted >= torch.finfo(torch.float32).tiny).byte())
     assert torch.equal(kind.state[p][name + "_absmax"], absmax)
     ours = kind.state[p][name]
-    wanted = values if signed else values * values
     distances = [(dequantize_dynamic(c, absmax, signed, 256, torch.float32) - wanted).abs() for c in (ours, codes)]
     assert (distances[0] <= distances[1] + 1e-6 * wanted.abs()).all()
     assert (ours != codes).sum() < 600  # the values put exactly between two codes

@@ -137,7 +137,8 @@ inline void encode_scaled(uint8_t* codes, float* x, float absmax, const Map& map
 #endif
 }
 
-// Codes of up to MAP_BLOCK values and their absmax. Subnormal values count as zero, in x too.
+// Codes of an optimizer state of up to MAP_BLOCK values and their absmax. Subnormal values count as zero, in x too.
+// Under the unsigned map a positive value has the smallest positive code at least, see kbit/optim/state.py.
 inline float encode(uint8_t* codes, float* x, const Map& map, int n) {
     uint32_t largest = 0;
 #if defined(KBIT_AVX512)
@@ -165,6 +166,8 @@ inline float encode(uint8_t* codes, float* x, const Map& map, int n) {
     }
     float absmax = float_of(largest);
     encode_scaled(codes, x, absmax, map, n);
+    if (map.values[0] == 0.0f)
+        for (int i = 0; i < n; i++) codes[i] |= uint8_t((codes[i] == 0) & (x[i] > 0.0f));
     return absmax;
 }
 

@@ -136,7 +136,10 @@ __device__ __noinline__ void careful(Shared& shared, const Area& area, i64 begin
     u32 absmax = __reduce_max_sync(EVERYONE, top[k]), words[EACH / 4];
     float inverse = absmax ? __frcp_rn(__uint_as_float(absmax)) : 0.0f;
 #pragma unroll
-    for (int e = 0; e < EACH; e++) s[k][e] = mul(s[k][e], inverse);
+    for (int e = 0; e < EACH; e++) {
+      float scaled = mul(s[k][e], inverse);
+      s[k][e] = s[k][e] > 0.0f && !has_sign(k) ? fmaxf(scaled, SMALLEST) : scaled;
+    }
     if (has_sign(k))
       encode_block<true>(shared, s[k], SCALE, words);
     else

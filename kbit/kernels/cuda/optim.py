@@ -15,9 +15,9 @@ from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import compile as compiler
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Magnitudes relative to absmax are scaled so that 2**-23, below which every code is zero's, becomes the smallest normal
-# float. Cells are the upper 16 bits of the scaled float; the last one begins at the scaled 1.
-SCALE_EXPONENT = -103
+# Magnitudes relative to absmax are scaled so that 2**-23, below which every signed code is zero's, becomes the smallest
+# normal float. Cells are the upper 16 bits of the scaled float; the last one begins at the scaled 1.
+FIRST_CELL, SCALE_EXPONENT = 2.0**-23, -103
 _SCALE_CELLS = -SCALE_EXPONENT << 7
 CELLS = (0x3F80 - _SCALE_CELLS) + 1
 _AREA_BYTES = 208
@@ -25,10 +25,18 @@ _log = logging.getLogger(__name__)
 
 
 def encoding_cells(signed: bool) -> np.ndarray:
-    """uint32 `[CELLS]`: added to the bits of a scaled magnitude in that cell, its code (signed: plus 127) in byte 2."""
+    """uint32 `[CELLS]`: added to the bits of a scaled magnitude in that cell, its code (signed: plus 127) in byte 2.
+
+    Unsigned magnitudes and midpoints are moved up to where cells begin, and the first midpoint down to 0: anything
+    above 0 has code 1 at least.
+    """
     values = codebook("dynamic8" if signed else "dynamic8-unsigned")
     magnitudes = values[values >= 0]
-    bits = ((magnitudes[:-1] + magnitudes[1:]) / 2).view(torch.int32).numpy().astype(np.int64)
+    midpoints = (magnitudes[:-1] + magnitudes[1:]) / 2
+    if not signed:
+        midpoints[0] = 0.0
+        midpoints += FIRST_CELL
+    bits = midpoints.view(torch.int32).numpy().astype(np.int64)
     bits -= _SCALE_CELLS << 16
     cells = np.arange(CELLS, dtype=np.int64)
     ranks = np.searchsorted(bits, cells << 16)  # midpoints below the cell

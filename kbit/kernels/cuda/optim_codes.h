@@ -5,8 +5,13 @@
 // Encoding: the upper 16 bits of |x| / absmax * SCALE name a cell of floats that holds at most one midpoint between two codes.
 // The table has, for each cell, a number that turns the float's bits into the code by one addition: (code below the
 // midpoint) << 16, plus what makes the low 16 bits carry where they exceed the midpoint's, less the cell itself.
+// A positive second moment, however small, has the smallest positive code at least (kbit/optim/state.py). So an unsigned
+// value has SMALLEST added, which is where cells begin, rounded up: 0 alone stays in its place, and whatever exceeds it
+// carries into code 1. The table's midpoints have it added too.
 //
 // Settings (macros): BITS8, SCALE, CELLS, SIGNED_TOP, see optim.cu.
+
+#define SMALLEST 1.17549435e-38f
 
 struct Tables {
   float values[BITS8 ? 256 : 1][2][32];  // [code][signed, unsigned][lane]
@@ -26,13 +31,18 @@ __device__ __forceinline__ float decode(const Tables& tables, u32 word, int byte
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(tables.values) + (SIGNED ? 0 : 128) + at);
 }
 
-// The sum whose byte 2 is the code of x (of |x|, plus 127, where SIGNED). inverse: SCALE / absmax. Scaled so, a value
-// below the first cell is subnormal and becomes 0, without a comparison. Values exactly between two codes go inward.
+// The sum whose byte 2 is the code of x (of |x|, plus 127, where SIGNED). inverse: SCALE / absmax. Scaled so, a signed
+// value below the first cell is subnormal and becomes 0, without a comparison; so does an unsigned one that is subnormal
+// itself. Values exactly between two codes go inward.
 template <bool SIGNED>
 __device__ __forceinline__ u32 encode(const Tables& tables, float x, float inverse) {
   float a;
-  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(a) : "f"(x), "f"(inverse));
-  if (SIGNED) a = fabsf(fmaxf(a, -SIGNED_TOP));  // there is no code for -1
+  if constexpr (SIGNED) {
+    asm("mul.ftz.f32 %0, %1, %2;" : "=f"(a) : "f"(x), "f"(inverse));
+    a = fabsf(fmaxf(a, -SIGNED_TOP));  // there is no code for -1
+  } else {
+    asm("fma.rp.ftz.f32 %0, %1, %2, %3;" : "=f"(a) : "f"(x), "f"(inverse), "f"(SMALLEST));
+  }
   u32 bits = __float_as_uint(a);
   return tables.cells[SIGNED ? 0 : 1][bits >> 16] + bits;
 }

@@ -8,7 +8,7 @@ step can be captured in a CUDA graph.
 
 8-bit codes: a candidate comes from arithmetic (the map is linear within a decade), then one midpoint decides. So a code
 is the nearest, up to the rounding of the scaled value: where two codes are equally near to within 1e-6, it may be the
-other one than the oracle's (formats.blocks.quantize_dynamic). Quotients and roots of the update are the fast ones.
+other one than the oracle's (kbit/optim/state.py). Quotients and roots of the update are the fast ones.
 """
 
 from __future__ import annotations
@@ -176,6 +176,8 @@ def _encode(x, midpoints, SIGNED: tl.constexpr, ROWS: tl.constexpr, FAST: tl.con
     rank += (a > _lookup(midpoints, rank, ROWS)).to(tl.int32)
     if SIGNED:
         rank = tl.where(x < 0.0, tl.maximum(127 - rank, 0), 127 + rank)
+    else:
+        rank = tl.maximum(rank, (x > 0.0).to(tl.int32))  # a positive second moment never becomes 0
     return rank.to(tl.uint8), absmax
 
 
