@@ -16,8 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _mend_interpreter() -> None:
     """Triton's interpreter cuts fp32 off to bf16 where every device rounds to nearest even, misreads subnormal bf16,
-    converts integers to the bits of bf16, and its dot takes the bits of bf16 operands for integers. Each would fail
-    kernels that are right."""
+    converts integers to the bits of bf16, its dot takes the bits of bf16 operands for integers, and with NumPy 2.5 that
+    of Triton 3.6 takes no scalar for the end of a range. Each would fail kernels that are right."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -50,6 +50,13 @@ def _mend_interpreter() -> None:
             return cast(self, source, target)
         return cast(self, interpreter.TensorHandle(source.data.astype(np.float32), tl.float32), target)
 
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):  # type: ignore[no-untyped-def]
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index
     interpreter.InterpreterBuilder.create_si_to_fp = int_to_float
     interpreter._convert_float = convert_nearest
     interpreter.InterpreterBuilder.create_dot = dot_wide
