@@ -63,6 +63,15 @@ def require() -> None:
     import matplotlib  # noqa: F401
 
 
+def missing() -> str | None:
+    """The library of the report that is not installed, None where both are."""
+    try:
+        require()
+    except ModuleNotFoundError as error:
+        return error.name
+    return None
+
+
 def check_target(path: str | Path) -> None:
     """ValueError where a file at `path` is not a report of ours, or cannot be written: it is never overwritten."""
     path = Path(path)

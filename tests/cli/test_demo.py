@@ -119,6 +119,22 @@ def test_missing_extra_is_said_at_once(
     assert not (tmp_path / "out").exists()
 
 
+def test_without_the_report_extra_everything_but_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kbit.cli import demo as command
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "jinja2"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Missing("jinja2"), *sys.meta_path])
+    monkeypatch.setattr(command, "QUICK_TOKENS", 512)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = kbit(capsys, "demo", "--quick", "--formats", "nf4")
+    assert code == 0 and "nf4" in out and "threshold 6" in out
+    assert "report: none, since jinja2 is not installed: pip install 'kbit[report]'" in out
+    assert not list(tmp_path.iterdir())
+
+
 class _Missing:
     """A finder that makes a package look as if it were not installed."""
 
