@@ -34,6 +34,22 @@ def check(label: str, rows: int) -> None:
         assert full.dtype == before[name].dtype and torch.equal(full, before[name]), name
 
 
+def check_load(label: str, rows: int, rank: int) -> None:
+    """A whole state dict, given to every rank or to the first alone, loads into sharded layers."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(1)
+    whole = nn.Sequential(linear(label, rows, 128))
+    state = {name: tensor.detach().clone() for name, tensor in whole.state_dict().items()}
+    for from_rank_0 in (True, False):
+        model = fully_shard(nn.Sequential(linear(label, rows, 128)))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank_0)
+        set_model_state_dict(model, dict(state) if rank == 0 or not from_rank_0 else {}, options=options)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.full_tensor(), state[name]), name
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -41,6 +57,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         dist.init_device_mesh("cpu", (2,))
         for case in CASES:
             check(*case)
+            check_load(*case, rank)
         torch.save(True, f"{folder}/{rank}")
     finally:
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ from kbit.integrations.bitsandbytes.identity import lives_in
 from kbit.integrations.bitsandbytes.matmul import MatmulLtState, matmul, matmul_4bit
 from kbit.integrations.bitsandbytes.params import Int8Params, Params4bit, apply_across_meta
 from kbit.integrations.bitsandbytes.quant_state import QuantState
+from kbit.integrations.bitsandbytes.sharded import is_sharded, load_sharded
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -83,6 +84,13 @@ def load_state(module: Any, state_dict: Any, prefix: str, error_msgs: list[str])
             error_msgs.append(f"{name} is missing, but its quantization state is there: {', '.join(sorted(parts))}")
         return set()
     old = module.weight
+    if is_sharded(old):
+        try:
+            load_sharded(module, name, packed, parts)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return set()
+        return {f"{name}.{part}" for part in parts}
     if not parts:
         codes = not packed.is_floating_point() or (packed.dim() == 2 and packed.shape[1] == 1 != old.shape[-1])
         if codes:
@@ -130,7 +138,7 @@ class Module4bit(nn.Module):
         used = load_state(self, state_dict, prefix, error_msgs)
         if len(error_msgs) > before:
             return
-        weight = self.weight
+        weight = self.weight  # a new one, or where it is sharded the old one, into which the codes are copied
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -319,6 +327,8 @@ class Linear8bitLt(nn.Linear):
 
     def _check_loadable(self, state_dict: Any, prefix: str, weight: Tensor | None, scales: Tensor | None) -> str | None:
         name = f"{prefix}weight"
+        if is_sharded(self.weight) and self.weight.dtype == torch.int8:
+            return f"{name}: int8 layers cannot load once they are sharded; load the state dict before fully_shard"
         if weight is None:
             return f"{prefix}SCB is there without {name}" if scales is not None else None
         if weight.dtype != torch.int8:

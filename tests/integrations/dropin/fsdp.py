@@ -13,7 +13,7 @@ import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
@@ -37,8 +37,8 @@ class Block(nn.Module):
         return x + self.down(torch.nn.functional.silu(self.up(y) + self.b(self.a(y))))
 
 
-def model() -> nn.Module:
-    torch.manual_seed(0)
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     net = nn.Sequential(Block("nf4", True), Block("fp4", False), Block("nf4", False)).to("cpu")
     for name, p in net.named_parameters():
         p.requires_grad_(".a." in name or ".b." in name)
@@ -88,6 +88,28 @@ def check_state_dict(net: nn.Module, whole: nn.Module, rank: int) -> None:
     assert torch.equal(again(x), whole(x))
 
 
+def check_load(whole: nn.Module, rank: int, x: Tensor) -> None:
+    """A whole state dict loads into sharded layers that hold another model, scales included, on every rank."""
+    state = {key: value.detach().clone() for key, value in whole.state_dict().items()}
+    for from_rank_0 in (True, False):
+        net = shard(model(seed=5), "fsdp2")
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank_0)
+        with torch.no_grad():
+            assert not torch.equal(net(x), whole(x))
+            set_model_state_dict(net, dict(state) if rank == 0 or not from_rank_0 else {}, options=options)
+            assert torch.equal(net(x), whole(x))
+    net.load_state_dict({key: value.clone() for key, value in net.state_dict().items()})  # shards into shards
+    bare = {key: value for key, value in state.items() if not key.startswith("0.up.weight.")}
+    other = {key.replace("0.up", "1.down"): v for key, v in state.items() if key.startswith("0.up.weight.")}
+    for damaged, message in ((bare, "without their state"), ({**state, **other}, "1.down.weight")):
+        try:
+            set_model_state_dict(net, damaged, options=options)
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError("codes with no scales or with those of another layer were loaded")
+
+
 def as_bytes(t: Tensor) -> Tensor:  # codes that look like NaN are equal to themselves
     return t.detach().reshape(-1).view(torch.uint8)
 
@@ -126,6 +148,8 @@ def main() -> None:
     check_state_dict(net, whole, rank)
     with torch.no_grad():
         assert torch.equal(net(batches[0]), whole(batches[0]))  # gathering has left the layers as they were
+    if how == "fsdp2":
+        check_load(whole, rank, batches[0])
     dist.destroy_process_group()
     print("done")
 
