@@ -153,21 +153,24 @@ def linear_4bit_grad_path(
     return "dequantize"
 
 
-# Up to this many tokens the CPU's own kernel decodes the 4-bit weight inside the product. Above it decoding slices and
-# multiplying with torch's library is faster: it packs its operands, which the kernel does not. Measured on two cores of
-# an AMD EPYC (Zen 4); with AMX tiles torch's bf16 product takes over early. torch has no fast fp16 product on a CPU.
+# Up to this many tokens the CPU's own kernel decodes the 4-bit weight inside the product, on AVX512 at every size. Above it
+# decoding slices and multiplying with torch's library is faster: it packs its operands, which the kernel does there only.
+# Measured on two cores of an AMD EPYC (Zen 4); with AMX tiles torch's bf16 product takes over early. torch has no fast
+# fp16 product on a CPU.
 CPU_FUSED_TOKENS = {torch.bfloat16: 160, torch.float32: 160, torch.float16: 1 << 30}
 CPU_AMX_FUSED_TOKENS = 12
 # Bytes of a slice of W that torch multiplies with while the L2 cache holds it.
 CPU_SLICE_BYTES = 1 << 20
 
 
-def linear_4bit_cpu_path(m: int, k: int, block_size: int, dtype: torch.dtype, amx: bool) -> str:
-    """ "fused" (decoded inside the product) or "sliced" (decoded a slice at a time, then torch) for `m` tokens."""
+def linear_4bit_cpu_path(m: int, k: int, block_size: int, dtype: torch.dtype, amx: bool, avx512: bool) -> str:
+    """ "fused" (decoded inside the product) or "sliced" (decoded a slice at a time, then torch) for `m` tokens.
+    amx: torch's bf16 products run on tiles; avx512: kbit's kernels are those for AVX512."""
     if k % block_size or block_size < 32 or block_size & (block_size - 1):
         return "sliced"
-    most = CPU_AMX_FUSED_TOKENS if amx and dtype == torch.bfloat16 else CPU_FUSED_TOKENS[dtype]
-    return "fused" if m <= most else "sliced"
+    if amx and dtype == torch.bfloat16:
+        return "fused" if m <= CPU_AMX_FUSED_TOKENS else "sliced"
+    return "fused" if avx512 or m <= CPU_FUSED_TOKENS[dtype] else "sliced"
 
 
 def cpu_slice_rows(m: int, dtype: torch.dtype) -> int:

@@ -39,6 +39,7 @@ def reset() -> None:
     """Look for the native library again, after the environment changed: for tests."""
     importlib.import_module("kbit.kernels.cpu.library").reset()
     kernels.cache_clear()
+    _avx512.cache_clear()
 
 
 def _serves(dtype: torch.dtype, absmax: Tensor, nested_absmax: Tensor | None) -> Any:
@@ -76,7 +77,7 @@ def _product(kernel: Any, x: Tensor, weight: Any, bias: Tensor | None, n0: int, 
     """`x [M, K] @ W[n0:n1]^T + bias` into `out`, by the way that is fastest here."""
     if bias is not None:
         bias = (bias if bias.dtype == x.dtype else bias.to(x.dtype)).contiguous()
-    path = choose.linear_4bit_cpu_path(x.shape[0], weight.k, weight.block_size, x.dtype, _amx())
+    path = choose.linear_4bit_cpu_path(x.shape[0], weight.k, weight.block_size, x.dtype, _amx(), _avx512())
     if path == "fused":
         kernel.fused(x, weight, bias, n0, n1, out)
     else:
@@ -89,6 +90,12 @@ def _product(kernel: Any, x: Tensor, weight: Any, bias: Tensor | None, n0: int, 
 def _amx() -> bool:
     """Whether torch's bf16 products run on AMX tiles."""
     return "amx" in torch.backends.cpu.get_cpu_capability().lower() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def _avx512() -> bool:
+    """Whether the native kernels in use are those for AVX512."""
+    return bool(importlib.import_module("kbit.kernels.cpu.library").library().level.startswith("avx512"))
 
 
 def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore

@@ -8,6 +8,7 @@
 
 #include "decode_4bit.h"
 #include "dynamic_map.h"
+#include "outer_4bit.h"
 
 namespace {
 
@@ -247,9 +248,6 @@ void decode_row(const uint8_t* codes, int64_t bytes, const float* codebook, cons
     }
 }
 
-constexpr int64_t DEPTH_BYTES = 4096;  // of a decoded row: four rows of x stay in the L1 cache beside it
-template <class L> constexpr int64_t depth() { return DEPTH_BYTES / int64_t(sizeof(typename L::Elem)); }
-
 // NT decoded rows times MT packed rows over `count` elements; adds to sums[n * ld + m].
 //
 // ahead, where not null: codes of the same rows of W that are decoded next, row_bytes apart. They are fetched meanwhile.
@@ -257,8 +255,8 @@ template <class L, int NT, int MT>
 void dot_tile(const typename L::Elem* w, const typename L::Elem* x, int64_t ldx, int64_t count, float* sums, int64_t ld,
               const uint8_t* ahead, int64_t row_bytes) {
     constexpr int64_t LINES = depth<L>() / 128;  // cache lines of the codes of a row
+    constexpr int64_t ldw = stride<L>();
     int64_t line = 0;
-    constexpr int64_t ldw = depth<L>();
     typename L::Acc acc[NT][MT];
     for (int n = 0; n < NT; ++n)
         for (int m = 0; m < MT; ++m) acc[n][m] = L::zero();
@@ -292,89 +290,151 @@ void dot_strips(const typename L::Elem* w, int64_t rows, const typename L::Elem*
     constexpr int NT = L::MAX_N;
     int64_t n = 0;
     for (; n + NT <= rows; n += NT)
-        dot_tile<L, NT, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld,
+        dot_tile<L, NT, MT>(w + n * stride<L>(), x, ldx, count, sums + n * ld, ld,
                             ahead ? ahead + n * row_bytes : nullptr, row_bytes);
     for (; n < rows; ++n)
-        dot_tile<L, 1, MT>(w + n * depth<L>(), x, ldx, count, sums + n * ld, ld, nullptr, row_bytes);
+        dot_tile<L, 1, MT>(w + n * stride<L>(), x, ldx, count, sums + n * ld, ld, nullptr, row_bytes);
 }
 
-// Rows n0 to n1 of W, decoded a depth at a time into the L2 cache, times all of x.
+// A decoded strip times packed rows of x, `tokens` of them; adds to sums [rows][ld].
+template <class L>
+void dot_tokens(const typename L::Elem* w, int64_t rows, const typename L::Elem* x, int64_t ldx, int64_t tokens,
+                int64_t count, float* sums, int64_t ld, const uint8_t* ahead, int64_t row_bytes) {
+    for (int64_t m = 0; m < tokens; ahead = nullptr) {
+        // Tiles of nearly equal height: 5 tokens are 3 and 2, not 4 and 1.
+        int64_t left = tokens - m, height = left > 8 ? 4 : left > 4 ? (left + 1) / 2 : left;
+        const auto* part = x + m * ldx;
+        switch (height) {
+            case 1: dot_strips<L, 1>(w, rows, part, ldx, count, sums + m, ld, ahead, row_bytes); break;
+            case 2: dot_strips<L, 2>(w, rows, part, ldx, count, sums + m, ld, ahead, row_bytes); break;
+            case 3: dot_strips<L, 3>(w, rows, part, ldx, count, sums + m, ld, ahead, row_bytes); break;
+            default: dot_strips<L, 4>(w, rows, part, ldx, count, sums + m, ld, ahead, row_bytes); break;
+        }
+        m += height;
+    }
+}
+
+// Packed activations of `tokens` tokens from `first` on: groups for outer products, then rows.
+template <class L> struct Tokens {
+    int64_t first, tokens, groups;
+    const typename L::Elem* packed;  // [groups][group]
+    int64_t group;
+    const typename L::Elem* rows;  // [tokens - 16 groups][ldx]
+    int64_t ldx;
+};
+
+// Rows n0 to n1 of W, no more than STRIP, decoded a depth at a time into the L2 cache, times all of x. next: the row with
+// which this thread is likely to go on then.
 template <class L, bool SMALL>
-bool strip_rows(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
+bool strip_rows(const Task& t, const Tokens<L>& x, int64_t n0, int64_t n1, int64_t next) {
+    using Elem = typename L::Elem;
     constexpr int64_t PIECE = SMALL ? 32 : 64, DEPTH = depth<L>();
     static_assert(DEPTH % L::CHUNK == 0, "depth");
-    int64_t row_bytes = t.w.k / 2, rows = n1 - n0, ld = (t.m + 3) / 4 * 4;
-    size_t w_bytes = size_t(rows * DEPTH_BYTES), sum_bytes = size_t(rows * ld) * sizeof(float);
-    char* memory = static_cast<char*>(scratch.get(w_bytes + sum_bytes));
+    int64_t row_bytes = t.w.k / 2, rows = n1 - n0, ld = (x.tokens + 15) / 16 * 16, grouped = min_of(16 * x.groups, x.tokens);
+    int64_t pieces = t.w.k / PIECE, ld_scales = x.ldx / PIECE;
+    int64_t w_bytes = STRIP * stride<L>() * int64_t(sizeof(Elem)), sum_bytes = STRIP * ld * int64_t(sizeof(float));
+    char* memory = static_cast<char*>(scratch.get(w_bytes + sum_bytes + rows * ld_scales * int64_t(sizeof(float))));
     if (!memory) return false;
-    auto* w = reinterpret_cast<typename L::Elem*>(memory);
+    auto* w = reinterpret_cast<Elem*>(memory);
     float* sums = reinterpret_cast<float*>(memory + w_bytes);
-    float scales[DEPTH / PIECE];
-    std::memset(sums, 0, sum_bytes);
+    float* scales = reinterpret_cast<float*>(memory + w_bytes + sum_bytes);
+    if (pieces == ld_scales) piece_scales(t.w, n0 * t.w.k, rows * pieces, rows * pieces, PIECE, scales);
+    else
+        for (int64_t r = 0; r < rows; ++r)
+            piece_scales(t.w, (n0 + r) * t.w.k, pieces, ld_scales, PIECE, scales + r * ld_scales);
+    if (rows < STRIP) std::memset(w + rows * stride<L>(), 0, size_t((STRIP - rows) * stride<L>()) * sizeof(Elem));
+    std::memset(sums, 0, size_t(sum_bytes));
     for (int64_t k = 0; k < t.w.k; k += DEPTH) {
         int64_t count = min_of(DEPTH, t.w.k - k), padded = (count + L::CHUNK - 1) / L::CHUNK * L::CHUNK;
-        for (int64_t r = 0; r < rows; ++r) {
-            piece_scales(t.w, (n0 + r) * t.w.k + k, count / PIECE, padded / PIECE, PIECE, scales);
-            decode_row<L, SMALL>(t.w.codes + (n0 + r) * row_bytes + k / 2, count / 2, t.w.codebook, scales,
-                                 w + r * DEPTH);
+        for (int64_t r = 0; r < rows; ++r)
+            decode_row<L, SMALL>(t.w.codes + (n0 + r) * row_bytes + k / 2, count / 2, t.w.codebook,
+                                 scales + r * ld_scales + k / PIECE, w + r * stride<L>());
+        bool last = k + DEPTH >= t.w.k;
+        const uint8_t* ahead = nullptr;  // codes that are decoded next, where they are a whole depth
+        if (k + 2 * DEPTH <= t.w.k) ahead = t.w.codes + n0 * row_bytes + (k + DEPTH) / 2;
+        else if (last && next + STRIP <= t.w.n && DEPTH <= t.w.k) ahead = t.w.codes + next * row_bytes;
+#if defined(KBIT_AVX512)
+        if (x.groups) {
+            const Elem* from = x.packed + k * GROUP;
+            OuterAhead<L> after{ahead, row_bytes, last ? x.packed : from + DEPTH * GROUP, 0};
+            outer_strips<L>(w, rows, from, x.groups, x.group, padded / word<L>(), sums, ld, after);
+            ahead = nullptr;
         }
-        for (int64_t m = 0; m < t.m;) {
-            // Tiles of nearly equal height: 5 tokens are 3 and 2, not 4 and 1.
-            int64_t left = t.m - m, height = left > 8 ? 4 : left > 4 ? (left + 1) / 2 : left;
-            const auto* tokens = x + m * ldx + k;
-            const uint8_t* ahead = m == 0 && k + 2 * DEPTH <= t.w.k ? t.w.codes + n0 * row_bytes + (k + DEPTH) / 2 : nullptr;
-            switch (height) {
-                case 1: dot_strips<L, 1>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
-                case 2: dot_strips<L, 2>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
-                case 3: dot_strips<L, 3>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
-                default: dot_strips<L, 4>(w, rows, tokens, ldx, padded, sums + m, ld, ahead, row_bytes); break;
-            }
-            m += height;
-        }
+#endif
+        dot_tokens<L>(w, rows, x.rows + k, x.ldx, x.tokens - grouped, padded, sums + grouped, ld, ahead, row_bytes);
     }
-    for (int64_t m = 0; m < t.m; ++m)
-        for (int64_t n = 0; n < rows; ++n) finish(t, m, n0 + n, sums[n * ld + m]);
+#if defined(KBIT_AVX512)
+    int64_t ld_out = t.n1 - t.n0, column = n0 - t.n0;
+    store_outer(sums, ld, rows, x.tokens, t.bias, column, t.out, x.first * ld_out + column, ld_out, t.dtype);
+#else
+    for (int64_t m = 0; m < x.tokens; ++m)
+        for (int64_t n = 0; n < rows; ++n) finish(t, x.first + m, n0 + n, sums[n * ld + m]);
+#endif
     return true;
 }
 
+// Few tokens, W decoded in registers.
 template <class L, bool SMALL>
 bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
-    if constexpr (L::FUSED) {  // in registers only where there are enough of them
+    switch (t.m) {
+        case 1: return fused_rows<L, SMALL, 4, 1>(t, x, ldx, n0, n1);
+        case 2: return fused_rows<L, SMALL, 4, 2>(t, x, ldx, n0, n1);
+        case 3: return fused_rows<L, SMALL, 2, 3>(t, x, ldx, n0, n1);
+        case 4: return fused_rows<L, SMALL, 2, 4>(t, x, ldx, n0, n1);
+    }
+    if constexpr (sizeof(typename L::Elem) == 2) {  // more rows of fp32 would leave the L1 cache
         switch (t.m) {
-            case 1: return fused_rows<L, SMALL, 4, 1>(t, x, ldx, n0, n1);
-            case 2: return fused_rows<L, SMALL, 4, 2>(t, x, ldx, n0, n1);
-            case 3: return fused_rows<L, SMALL, 2, 3>(t, x, ldx, n0, n1);
-            case 4: return fused_rows<L, SMALL, 2, 4>(t, x, ldx, n0, n1);
-        }
-        if constexpr (sizeof(typename L::Elem) == 2) {  // more rows of fp32 would leave the L1 cache
-            switch (t.m) {
-                case 5: return fused_rows<L, SMALL, 2, 5>(t, x, ldx, n0, n1);
-                case 6: return fused_rows<L, SMALL, 2, 6>(t, x, ldx, n0, n1);
-                case 7: return fused_rows<L, SMALL, 2, 7>(t, x, ldx, n0, n1);
-                case 8: return fused_rows<L, SMALL, 2, 8>(t, x, ldx, n0, n1);
-            }
+            case 5: return fused_rows<L, SMALL, 2, 5>(t, x, ldx, n0, n1);
+            case 6: return fused_rows<L, SMALL, 2, 6>(t, x, ldx, n0, n1);
+            case 7: return fused_rows<L, SMALL, 2, 7>(t, x, ldx, n0, n1);
+            default: return fused_rows<L, SMALL, 2, 8>(t, x, ldx, n0, n1);
         }
     }
-    return strip_rows<L, SMALL>(t, x, ldx, n0, n1);
+    return false;
 }
 
+constexpr int64_t TOKENS = 256;  // at a time: the L3 cache holds their packed form
+
 template <class L, bool SMALL> bool product(const Task& t) {
-    // Rows of W that a thread takes at a time: a multiple of MAX_N whose decoded depth stays in the L2 cache.
-    constexpr int64_t UNIT = 48;
-    // Where W is decoded in registers, long units: the first rows of each come from memory without having been fetched ahead.
-    constexpr int64_t FUSED_TOKENS = sizeof(typename L::Elem) == 2 ? 8 : 4;
-    bool fused = L::FUSED && t.m <= FUSED_TOKENS;
-    int64_t unit = fused ? 8 + (t.n1 - t.n0) / (16 * t.threads) / 4 * 4 : UNIT;
-    int64_t ldx = (t.w.k + L::CHUNK - 1) / L::CHUNK * L::CHUNK;
-    auto* x = static_cast<typename L::Elem*>(packed_x.get(size_t(t.m * ldx) * sizeof(typename L::Elem)));
-    if (!x) return false;
-    parallel_for(t.m, 1 + 16384 / ldx, t.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) pack_row<L>(t.x, row, t, ldx, x + row * ldx);
-    });
+    constexpr int64_t FUSED_TOKENS = !L::FUSED ? 0 : sizeof(typename L::Elem) == 2 ? 8 : 4;
+    int64_t ldx = (t.w.k + L::CHUNK - 1) / L::CHUNK * L::CHUNK, rows = t.n1 - t.n0, group = 0;
+    bool fused = t.m <= FUSED_TOKENS;
     std::atomic<bool> complete{true};
-    parallel_for(t.n1 - t.n0, unit, t.threads, [&](int64_t begin, int64_t end) {
-        if (!rows_of<L, SMALL>(t, x, ldx, t.n0 + begin, t.n0 + end)) complete = false;
-    });
+    for (int64_t m = 0; m < t.m; m += TOKENS) {
+        int64_t tokens = min_of(TOKENS, t.m - m), groups = 0;
+#if defined(KBIT_AVX512)
+        if (!fused) groups = (tokens + 3) / GROUP, group = group_size<L>(t.w.k);  // up to 12 tokens alone cost less as rows
+#endif
+        int64_t left = tokens > 16 * groups ? tokens - 16 * groups : 0;
+        auto* x = static_cast<typename L::Elem*>(
+            packed_x.get((groups * group + left * ldx) * int64_t(sizeof(typename L::Elem))));
+        if (!x) return false;
+        auto* x_rows = x + groups * group;
+        if (left)
+            parallel_for(left, 1 + 16384 / ldx, t.threads, [&](int64_t begin, int64_t end) {
+                for (int64_t row = begin; row < end; ++row)
+                    pack_row<L>(t.x, m + tokens - left + row, t, ldx, x_rows + row * ldx);
+            });
+        if (fused) {
+            // Long units: the first rows of each come from memory without having been fetched ahead.
+            parallel_for(rows, 8 + rows / (16 * t.threads) / 4 * 4, t.threads, [&](int64_t begin, int64_t end) {
+                if constexpr (L::FUSED)  // where there are enough registers
+                    if (!rows_of<L, SMALL>(t, x_rows, ldx, t.n0 + begin, t.n0 + end)) complete = false;
+            });
+            break;
+        }
+#if defined(KBIT_AVX512)
+        parallel_for(groups, 1, t.threads, [&](int64_t begin, int64_t end) {
+            for (int64_t g = begin; g < end; ++g)
+                pack_group<L>(t.x, m + g * GROUP, min_of(GROUP, tokens - g * GROUP), t.x_stride, t.w.k, t.dtype, x + g * group);
+        });
+#endif
+        Tokens<L> packed{m, tokens, groups, x, group, x_rows, ldx};
+        parallel_for(rows, STRIP, t.threads, [&](int64_t begin, int64_t end) {
+            int64_t next = t.n0 + end + (t.threads - 1) * STRIP;
+            if (!strip_rows<L, SMALL>(t, packed, t.n0 + begin, t.n0 + end, next)) complete = false;
+        });
+    }
     return complete;
 }
 
