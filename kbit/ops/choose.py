@@ -153,8 +153,8 @@ def linear_4bit_grad_path(
     return "dequantize"
 
 
-# Up to this many tokens the CPU's own kernel decodes the 4-bit weight inside the product, on AVX512 at every size. Above it
-# decoding slices and multiplying with torch's library is faster: it packs its operands, which the kernel does there only.
+# Up to this many tokens the CPU's own kernel decodes the 4-bit weight in the product; on AVX512 at every size. Above it
+# decoding slices and multiplying with torch's library is faster: only for AVX512 the kernel packs its operands too.
 # Measured on two cores of an AMD EPYC (Zen 4); with AMX tiles torch's bf16 product takes over early. torch has no fast
 # fp16 product on a CPU.
 CPU_FUSED_TOKENS = {torch.bfloat16: 160, torch.float32: 160, torch.float16: 1 << 30}
