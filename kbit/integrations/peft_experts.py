@@ -9,6 +9,7 @@ and the router too) into `target_parameters`, which here could hit the router al
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from kbit.nn.experts import ExpertWeight
 
 logger = logging.getLogger("kbit")
 
+_ALL_LINEAR = "all-linear"
 # What the projections of an expert are called where each expert is a module of linear layers.
 _SINGLE_EXPERT_NAMES = frozenset({"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 
@@ -29,9 +31,9 @@ def inject_adapter(
     experts = _packed(model)
     if experts:
         config = tuner.peft_config[adapter_name]
-        _refuse(config, model, experts)
+        _refuse(tuner, config, model, experts)
         targets = getattr(config, "target_modules", None)
-        if isinstance(targets, str) and targets.lower() == "all-linear":
+        if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
             logger.warning(
                 "target_modules='all-linear': the experts (%s and %d more) are quantized in one piece and get no "
                 "adapters, nor do their routers; to adapt both, load with KbitConfig(quantize_experts=False)",
@@ -51,22 +53,40 @@ def _packed(model: nn.Module) -> dict[str, ExpertWeight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertWeight)}
 
 
-def _refuse(config: Any, model: nn.Module, experts: dict[str, ExpertWeight]) -> None:
+def _refuse(tuner: Any, config: Any, model: nn.Module, experts: dict[str, ExpertWeight]) -> None:
     for target in sorted(getattr(config, "target_parameters", None) or ()):
         if found := _matches(target.removesuffix(".weight"), experts):
             raise ValueError(_message("target_parameters", target, found, experts[found]))
     targets = getattr(config, "target_modules", None)
-    if not targets or isinstance(targets, str):
+    if not targets or (isinstance(targets, str) and targets.lower() == _ALL_LINEAR):
         return
+    for name, layer in experts.items():
+        if tuner._check_target_module_exists(config, name):
+            named = targets if isinstance(targets, str) else next((t for t in targets if _matches(t, [name])), targets)
+            raise ValueError(_message("target_modules", named, name, layer))
     others = [name for name, module in model.named_modules() if not isinstance(module, ExpertWeight)]
+    if isinstance(targets, str):
+        found = next((name for name in experts if any(re.fullmatch(targets, s) for s in _single_names(name))), None)
+        if found is None:
+            return
+        if not any(name and tuner._check_target_module_exists(config, name) for name in others):
+            raise ValueError(_message("target_modules", targets, found, experts[found]))
+        logger.warning(
+            "%s Here it adapts the other modules that it names.",
+            _message("target_modules", targets, found, experts[found]),
+        )
+        return
     for target in sorted(targets):
-        if _matches(target, others):
-            continue
-        found = _matches(target, experts)
-        if not found and target.rpartition(".")[2] in _SINGLE_EXPERT_NAMES:
+        if not _matches(target, others) and target.rpartition(".")[2] in _SINGLE_EXPERT_NAMES:
             found = next(iter(experts))
-        if found:
             raise ValueError(_message("target_modules", target, found, experts[found]))
+
+
+def _single_names(name: str) -> list[str]:
+    """What the layers of single experts were called that `name` holds in one piece (Mixtral's under another module)."""
+    parent = name.rpartition(".")[0]
+    parents = {parent, parent.replace(".mlp.", ".block_sparse_moe.")}
+    return [f"{place}.0.{single}" for place in sorted(parents) for single in sorted(_SINGLE_EXPERT_NAMES)]
 
 
 def _matches(target: str, names: Iterable[str]) -> str | None:

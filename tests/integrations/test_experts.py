@@ -217,6 +217,40 @@ def test_experts_named_one_by_one_are_refused_where_they_are_packed() -> None:
             peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", name]))
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [r".*experts\.gate_up_proj", r".*experts\.\d+\.w1", r"model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w[123]"],
+)
+def test_a_pattern_that_names_experts_is_refused_where_they_are_packed(targets: str) -> None:
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    model = kbit.quantize_model(mixtral(), kbit.KbitConfig(bits=4))
+    with pytest.raises(ValueError, match=r"target_modules names .*layers\.0\.mlp\.experts.*quantize_experts=False"):
+        peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_pattern_that_names_experts_among_others(caplog) -> None:
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    model = kbit.quantize_model(mixtral(), kbit.KbitConfig(bits=4))
+    config = peft.LoraConfig(r=4, target_modules=r".*(q_proj|experts\.\d+\.w1)")
+    assert adapted(peft.get_peft_model(copy.deepcopy(model), config)) == {"self_attn.q_proj"}
+    assert "codes of 4 experts in one piece" in caplog.text
+    caplog.clear()
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=r".*self_attn\..*_proj"))
+    assert not caplog.text
+
+
+def test_a_shared_expert_and_packed_ones_of_the_same_name() -> None:
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    model = kbit.quantize_model(qwen2_moe(), kbit.KbitConfig(bits=4))
+    with pytest.raises(
+        ValueError, match=r"target_modules names 'down_proj', but model\.layers\.0\.mlp\.experts\.down_proj"
+    ):
+        peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.experts\..*")
+    assert adapted(peft.get_peft_model(model, config)) == {"self_attn.q_proj", "mlp.shared_expert.down_proj"}
+
+
 def adapted(model: nn.Module) -> set[str]:
     """Names of what has adapters, as in layer 0."""
     return {
