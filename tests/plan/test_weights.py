@@ -32,6 +32,13 @@ def test_exact_for_every_format(save, name: str, embeddings: bool) -> None:  # t
         assert (planned.quantized, planned.other, planned.buffers) == (real.quantized, real.other, real.buffers)
 
 
+@pytest.mark.parametrize("label", ["int8", "nf4"])
+def test_room_for_the_largest_weight_in_16_bits(label: str) -> None:
+    """What a product of many tokens dequantizes, or int8 sets aside for many outlier columns: 112 MiB here."""
+    skeleton = torch.nn.Sequential(*(torch.nn.Linear(k, n, device="meta") for n, k in ((14336, 4096), (4096, 4096))))
+    assert plan_weights(skeleton.bfloat16(), label).largest == 112 * 2**20
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_is_what_loads(save, name: str) -> None:  # type: ignore[no-untyped-def]
     cls, folder = save(name)
