@@ -18,7 +18,7 @@ from torch import Tensor
 from kbit.formats import blocks, double
 from kbit.formats.spec import NESTED_BLOCK_SIZE
 from kbit.ops import choose, reference
-from kbit.ops.schemas import check_linear_8bit, check_weight, library
+from kbit.ops.schemas import check_linear_8bit, check_weight, library, tokens
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Scales = Sequence[Tensor | None]
@@ -73,10 +73,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def _bias(bias: Tensor | None, n: int, x: Tensor) -> Tensor | None:
+    """The bias `[n]` as the launchers take it: in x's dtype, contiguous. RuntimeError where it has another size."""
+    if bias is None:
+        return None
+    if bias.numel() != n:
+        raise RuntimeError(f"a 4-bit weight of {n} rows takes a bias [{n}], got {list(bias.shape)}")
+    return (bias if bias.dtype == x.dtype else bias.to(x.dtype)).contiguous()
+
+
 def _product(kernel: Any, x: Tensor, weight: Any, bias: Tensor | None, n0: int, n1: int, out: Tensor) -> None:
     """`x [M, K] @ W[n0:n1]^T + bias` into `out`, by the way that is fastest here."""
-    if bias is not None:
-        bias = (bias if bias.dtype == x.dtype else bias.to(x.dtype)).contiguous()
+    bias = _bias(bias, n1 - n0, x)
     path = choose.linear_4bit_cpu_path(x.shape[0], weight.k, weight.block_size, x.dtype, _amx(), _avx512())
     if path == "fused":
         kernel.fused(x, weight, bias, n0, n1, out)
@@ -108,6 +116,22 @@ def linear_4bit(x, weight, absmax, nested_absmax, nested_offset, bias, codebook,
     out = x.new_empty(rows.shape[0], n)
     _product(kernel, rows, w, bias, 0, n, out)
     return out.view(*x.shape[:-1], n)
+
+
+def linear_4bit_group(x, weight, absmax, nested_absmax, nested_offset, bias, codebook, block_size, n):  # type: ignore
+    lists = (weight, absmax, nested_absmax, nested_offset, bias, n)
+    k, m = x.shape[-1], tokens(x)
+    served = [_serves(x.dtype, scales, nested) for scales, nested in zip(absmax, nested_absmax, strict=True)]
+    here = all(served) and x.numel() and all(n)
+    if not here or choose.linear_4bit_cpu_path(m, k, block_size, x.dtype, _amx(), _avx512()) != "fused":
+        return reference.linear_4bit_group(x, *lists[:5], codebook, block_size, n)
+    columns = zip(*lists, strict=True)
+    weights = [_weight(served[0], codes, scales, codebook, block_size, rows, k) for codes, *scales, _, rows in columns]
+    biases = [_bias(one, size, x) for one, size in zip(bias, n, strict=True)]
+    rows = _rows(x)
+    outs = [x.new_empty(m, one) for one in n]
+    served[0].fused_group(rows, weights, biases, outs)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
 def linear_4bit_grad_input(grad, weight, absmax, nested_absmax, nested_offset, codebook, block_size, k):  # type: ignore
@@ -266,6 +290,7 @@ def experts_8bit_grad_input(grad: Tensor, offsets: Tensor, weight: Tensor, absma
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_4bit": linear_4bit,
+    "linear_4bit_group": linear_4bit_group,
     "linear_4bit_grad_input": linear_4bit_grad_input,
     "dequantize_4bit": dequantize_4bit,
     "embedding_4bit": embedding_4bit,

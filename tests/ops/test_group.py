@@ -40,6 +40,36 @@ def test_a_group_equals_its_products(label, dtype):
             close(out, expected)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+def test_groups_of_large_weights_equal_their_products_on_any_number_of_threads(block_size):
+    """On a CPU threads share the rows of all weights out: pieces end within weights, and begin with the next one."""
+    weights = [weight_4bit(n, 512, block_size=block_size) for n in (601, 1, 130, 257)]
+    biases = [None, torch.randn(1).bfloat16(), None, torch.randn(257).bfloat16()]
+    threads = torch.get_num_threads()
+    for m in (1, 3, 9, 20):
+        x = torch.randn(m, 1024, dtype=torch.bfloat16)[:, ::2]  # rows that are not contiguous
+        expected = [
+            PRODUCT(x, *parts, bias, "nf4", block_size, w.shape[0])
+            for (parts, w), bias in zip(weights, biases, strict=True)
+        ]
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                outs = grouped(weights, biases, x, block_size=block_size)
+                assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_a_bias_of_another_size_is_an_error():
+    weights = [weight_4bit(8, 64), weight_4bit(16, 64)]
+    x = torch.randn(2, 64)
+    with pytest.raises(RuntimeError, match="takes a bias|size of tensor|expanded size"):
+        grouped(weights, [torch.randn(8), torch.randn(15)], x)
+    with pytest.raises(RuntimeError, match="takes a bias|size of tensor|expanded size"):
+        PRODUCT(x, *weights[0][0], torch.randn(7), "nf4", 64, 8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_int8_group_equals_its_products(dtype):
     weights = [weight_8bit(n, 128) for n in (96, 32, 7)]

@@ -1,8 +1,9 @@
 // Products with a 4-bit weight W [N, K] on the CPU, and the decoding of any rectangle of W.
 //
-// kbit_linear_4bit     x [M, K] -> out [M, rows of W]: W is decoded in registers (few tokens), or a strip of rows at a time
-//                      into the L2 cache (more tokens). Sums are fp32; W is rounded to x's dtype first, as in the plain
-//                      torch path. A row's sum is always taken in the same order: results do not depend on threads.
+// kbit_linear_4bit     x [M, K] -> out [M, rows of W], for one W or several: W is decoded in registers (few tokens), or a
+//                      strip of rows at a time into the L2 cache (more tokens). Sums are fp32; W is rounded to x's dtype
+//                      first, as in the plain torch path. A row's sum is always taken in the same order: results do not
+//                      depend on threads, nor on the other W.
 // kbit_decode_4bit     W[n0:n1, k0:k1] -> a dense buffer, for products that a matrix library does, and for dequantizing.
 // kbit_embedding_4bit  rows of W by index -> a dense buffer.
 
@@ -393,17 +394,38 @@ bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, 
     return false;
 }
 
+// Few tokens times several W: x is packed once, and the threads share out the rows of all W, counted through.
+template <class L, bool SMALL> bool fused_product(const Task* tasks, int64_t count) {
+    const Task& first = tasks[0];
+    int64_t ldx = (first.w.k + L::CHUNK - 1) / L::CHUNK * L::CHUNK, rows = 0;
+    for (int64_t i = 0; i < count; ++i) rows += tasks[i].n1 - tasks[i].n0;
+    auto* x = static_cast<typename L::Elem*>(packed_x.get(first.m * ldx * int64_t(sizeof(typename L::Elem))));
+    if (!x) return false;
+    parallel_for(first.m, 1 + 16384 / ldx, first.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) pack_row<L>(first.x, row, first, ldx, x + row * ldx);
+    });
+    std::atomic<bool> complete{true};
+    // Long units: the first rows of each come from memory without having been fetched ahead.
+    parallel_for(rows, 8 + rows / (16 * first.threads) / 4 * 4, first.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = 0, at = 0; i < count && at < end; ++i) {
+            const Task& t = tasks[i];
+            int64_t from = begin > at ? begin - at : 0, to = min_of(end - at, t.n1 - t.n0);
+            if (from < to && !rows_of<L, SMALL>(t, x, ldx, t.n0 + from, t.n0 + to)) complete = false;
+            at += t.n1 - t.n0;
+        }
+    });
+    return complete;
+}
+
 constexpr int64_t TOKENS = 256;  // at a time: the L3 cache holds their packed form
 
-template <class L, bool SMALL> bool product(const Task& t) {
-    constexpr int64_t FUSED_TOKENS = !L::FUSED ? 0 : sizeof(typename L::Elem) == 2 ? 8 : 4;
+template <class L, bool SMALL> bool strip_product(const Task& t) {
     int64_t ldx = (t.w.k + L::CHUNK - 1) / L::CHUNK * L::CHUNK, rows = t.n1 - t.n0, group = 0;
-    bool fused = t.m <= FUSED_TOKENS;
     std::atomic<bool> complete{true};
     for (int64_t m = 0; m < t.m; m += TOKENS) {
         int64_t tokens = min_of(TOKENS, t.m - m), groups = 0;
 #if defined(KBIT_AVX512)
-        if (!fused) groups = (tokens + 3) / GROUP, group = group_size<L>(t.w.k);  // up to 12 tokens alone cost less as rows
+        groups = (tokens + 3) / GROUP, group = group_size<L>(t.w.k);  // up to 12 tokens alone cost less as rows
 #endif
         int64_t left = tokens > 16 * groups ? tokens - 16 * groups : 0;
         auto* x = static_cast<typename L::Elem*>(
@@ -415,14 +437,6 @@ template <class L, bool SMALL> bool product(const Task& t) {
                 for (int64_t row = begin; row < end; ++row)
                     pack_row<L>(t.x, m + tokens - left + row, t, ldx, x_rows + row * ldx);
             });
-        if (fused) {
-            // Long units: the first rows of each come from memory without having been fetched ahead.
-            parallel_for(rows, 8 + rows / (16 * t.threads) / 4 * 4, t.threads, [&](int64_t begin, int64_t end) {
-                if constexpr (L::FUSED)  // where there are enough registers
-                    if (!rows_of<L, SMALL>(t, x_rows, ldx, t.n0 + begin, t.n0 + end)) complete = false;
-            });
-            break;
-        }
 #if defined(KBIT_AVX512)
         parallel_for(groups, 1, t.threads, [&](int64_t begin, int64_t end) {
             for (int64_t g = begin; g < end; ++g)
@@ -438,8 +452,17 @@ template <class L, bool SMALL> bool product(const Task& t) {
     return complete;
 }
 
-template <class L> bool product(const Task& t) {
-    return t.w.block_size == 32 ? product<L, true>(t) : product<L, false>(t);
+template <class L, bool SMALL> bool product(const Task* tasks, int64_t count) {
+    constexpr int64_t FUSED_TOKENS = sizeof(typename L::Elem) == 2 ? 8 : 4;
+    if constexpr (L::FUSED)  // where there are enough registers
+        if (tasks->m <= FUSED_TOKENS) return fused_product<L, SMALL>(tasks, count);
+    for (int64_t i = 0; i < count; ++i)
+        if (!strip_product<L, SMALL>(tasks[i])) return false;
+    return true;
+}
+
+template <class L> bool product(const Task* tasks, int64_t count) {
+    return tasks->w.block_size == 32 ? product<L, true>(tasks, count) : product<L, false>(tasks, count);
 }
 
 // `count` weights from flat position `at` on, in their order.
@@ -475,13 +498,15 @@ template <int D> bool embedding(const Task& t) {
 
 }  // namespace
 
-// Row layout only: K a multiple of the block size, which is a power of two from 32. 1: out of memory.
-KBIT_EXPORT(int32_t, kbit_linear_4bit)(const Task* t) {
+// Row layout only: K a multiple of the block size, which is a power of two from 32. The tasks of one call share x, its
+// dtype, K and the block size. 1: out of memory.
+KBIT_EXPORT(int32_t, kbit_linear_4bit)(const Task* tasks, int64_t count) {
+    int32_t dtype = tasks->dtype;
 #if defined(KBIT_AVX512BF16)
-    if (t->dtype == BF16) return !product<Bf16Lane>(*t);
+    if (dtype == BF16) return !product<Bf16Lane>(tasks, count);
 #endif
-    if (t->dtype == F32) return !product<FloatLane<F32>>(*t);
-    return t->dtype == BF16 ? !product<FloatLane<BF16>>(*t) : !product<FloatLane<F16>>(*t);
+    if (dtype == F32) return !product<FloatLane<F32>>(tasks, count);
+    return dtype == BF16 ? !product<FloatLane<BF16>>(tasks, count) : !product<FloatLane<F16>>(tasks, count);
 }
 
 // Any layout and block size.

@@ -21,6 +21,7 @@ from kbit.kernels.cpu.library import DTYPES, function
 # threads.
 # Packed bytes cost a fifth of a ctypes.Structure, which would be a third of a call's overhead.
 _TASK = struct.Struct("@6P3q3P6q2i")
+_PRODUCT = (ctypes.c_char_p, ctypes.c_int64)
 
 
 @functools.cache
@@ -65,10 +66,23 @@ def fused(x: Tensor, weight: Weight, bias: Tensor | None, n0: int, n1: int, out:
 
     For the row layout: K a multiple of the block size. x's rows are contiguous; bias `[n1 - n0]` has its dtype.
     """
-    m, bias_at = x.shape[0], 0 if bias is None else bias.data_ptr()
-    rows = (x.data_ptr(), bias_at, out.data_ptr(), m, x.stride(0))
-    task = _TASK.pack(*weight.fields, *rows, n0, n1, 0, 0, DTYPES[x.dtype], torch.get_num_threads())
-    if _function("kbit_linear_4bit")(task):
+    _multiply(_task(x, weight, bias, n0, n1, out), 1)
+
+
+def fused_group(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], outs: Sequence[Tensor]) -> None:
+    """The same with all of several weights of one K and one block size: `x @ W[i]^T + bias[i]` into `outs[i]`."""
+    parts = zip(weights, biases, outs, strict=True)
+    _multiply(b"".join([_task(x, weight, bias, 0, weight.n, out) for weight, bias, out in parts]), len(weights))
+
+
+def _task(x: Tensor, weight: Weight, bias: Tensor | None, n0: int, n1: int, out: Tensor) -> bytes:
+    bias_at = 0 if bias is None else bias.data_ptr()
+    rows = (x.data_ptr(), bias_at, out.data_ptr(), x.shape[0], x.stride(0))
+    return _TASK.pack(*weight.fields, *rows, n0, n1, 0, 0, DTYPES[x.dtype], torch.get_num_threads())
+
+
+def _multiply(tasks: bytes, count: int) -> None:
+    if function("kbit_linear_4bit", _PRODUCT, ctypes.c_int32)(tasks, count):
         raise MemoryError("no memory for the scratch buffers of a 4-bit product")
 
 
