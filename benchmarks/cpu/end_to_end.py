@@ -5,8 +5,11 @@
 
 The default model is Llama-shaped with random weights, 1.04 G parameters in layers and head; `demo` is the model that
 ships with kbit. The formats take turns, so that noise of the machine meets them alike; figures are medians.
-Output heads stay in bf16 for torch, kbit and bitsandbytes. With --llama-python PYTHON (an environment with
-llama-cpp-python and gguf) llama.cpp's Q4_0 takes part on the same shapes; its output head is Q6_K, see llama_gguf.py.
+Output heads stay in bf16 for torch, kbit and bitsandbytes, but for "kbit nf4+head". Keys and values lie in a static
+cache of transformers. A format with " compiled" behind its name decodes by transformers' own forward under
+torch.compile (kbit's backend for kbit's formats, Inductor for the others); its prompt is read without. With
+--llama-python PYTHON (an environment with llama-cpp-python and gguf) llama.cpp's Q4_0 takes part on the same shapes;
+its output head is Q6_K, see llama_gguf.py.
 """
 
 from __future__ import annotations
@@ -27,11 +30,17 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from transformers import AttentionInterface, StaticCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import kbit
 from benchmarks.cpu.paired import cpu_name
 from kbit.assets import demo_model
 
+COMPILED = " compiled"
+FORMATS = "bf16,kbit nf4,kbit nf4+head,kbit int8,bitsandbytes nf4,bitsandbytes int8"
+FORMATS += f",bf16{COMPILED},kbit nf4{COMPILED},kbit nf4+head{COMPILED}"
 LLAMA = Path(__file__).with_name("llama_gguf.py")
 
 
@@ -70,21 +79,50 @@ def bitsandbytes_model(model: torch.nn.Module, bits: int) -> torch.nn.Module:
     return model.eval()
 
 
-def kbit_model(model: torch.nn.Module, bits: int) -> torch.nn.Module:
-    return kbit.quantize_model(model, kbit.KbitConfig(bits=bits))
+def kbit_model(model: torch.nn.Module, bits: int, **options: Any) -> torch.nn.Module:
+    return kbit.quantize_model(model, kbit.KbitConfig(bits=bits, **options))
 
 
-@torch.inference_mode()
-def measure(model: Any, prompt: torch.Tensor, steps: int) -> tuple[float, float]:
-    """Tokens a second of `steps` greedy steps after the prompt, and of the prompt."""
-    begin = time.perf_counter()
-    out = model(prompt, use_cache=True, logits_to_keep=1)
-    prefilled = time.perf_counter()
-    for _ in range(steps):
-        token = out.logits[:, -1:].argmax(-1)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-    decoded = time.perf_counter()
-    return steps / (decoded - prefilled), prompt.shape[1] / (prefilled - begin)
+def packed_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """One token's attention, query `[batch, heads, 1, dim]`: the heads that share a key head are multiplied at once, as
+    transformers does it where it does not compile. Head by head, torch's bf16 product takes eight times as long."""
+    batch, heads, _one, dim = query.shape
+    packed = query.reshape(batch, key.shape[1], -1, dim)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        packed, key, value, attention_mask, scale=options.get("scaling")
+    )
+    return out.reshape(batch, 1, heads, dim), None
+
+
+class Decoder:
+    """Greedy decoding of one model over a static cache; compiled or as transformers calls it."""
+
+    def __init__(self, model: Any, length: int, backend: str | Callable[..., Any] | None) -> None:
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.compiled = backend is not None
+        self.step = model.forward
+        if backend is not None:
+            self.step = torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False)
+
+    @torch.inference_mode()
+    def measure(self, prompt: Tensor, steps: int) -> tuple[float, float]:
+        """Tokens a second of `steps` greedy steps after the prompt, and of the prompt."""
+        self.cache.reset()
+        begin = time.perf_counter()
+        out = self.model(prompt, past_key_values=self.cache, logits_to_keep=1)
+        prefilled = time.perf_counter()
+        if self.compiled:
+            self.model.set_attn_implementation("packed")
+        try:
+            for _ in range(steps):
+                out = self.step(out.logits[:, -1:].argmax(-1), past_key_values=self.cache)
+        finally:
+            self.model.set_attn_implementation("sdpa")
+        decoded = time.perf_counter()
+        return steps / (decoded - prefilled), prompt.shape[1] / (prefilled - begin)
 
 
 def llama(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +135,7 @@ def llama(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["llama-1b", "demo"], default="llama-1b")
-    parser.add_argument("--formats", default="bf16,kbit nf4,kbit int8,bitsandbytes nf4,bitsandbytes int8")
+    parser.add_argument("--formats", default=FORMATS)
     for name, default in (("threads", 2), ("prefill", 256), ("decode", 24), ("turns", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--llama-python")
@@ -115,25 +153,38 @@ def main() -> None:
     makers: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
         "bf16": lambda model: model,
         "kbit nf4": lambda model: kbit_model(model, 4),
+        "kbit nf4+head": lambda model: kbit_model(model, 4, skip_modules=[]),
         "kbit int8": lambda model: kbit_model(model, 8),
         "bitsandbytes nf4": lambda model: bitsandbytes_model(model, 4),
         "bitsandbytes int8": lambda model: bitsandbytes_model(model, 8),
     }
     kbit.quantize(torch.randn(64, 64), "nf4"), kbit.quantize(torch.randn(64, 64), "int8")  # loads the library
-    models, rows = {}, {}
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", sdpa_mask)
+    torch._dynamo.config.cache_size_limit = 64
+    models: dict[str, torch.nn.Module] = {}
+    decoders: dict[str, Decoder] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in args.formats.split(","):
-        model = base if name == "bf16" else copy.deepcopy(base)
+        kind = name.removesuffix(COMPILED)
+        if kind not in models:
+            model = base if kind == "bf16" else copy.deepcopy(base)
+            begin = time.perf_counter()
+            models[kind] = makers[kind](model)
+            rows[name] = {"quantize_s": round(time.perf_counter() - begin, 2)} if kind != "bf16" else {}
+            gc.collect()
+        backend = None if kind == name else kbit.compile_backend if "kbit" in name else "inductor"
+        decoders[name] = Decoder(models[kind], args.prefill + args.decode, backend)
+    decode: dict[str, list[float]] = {name: [] for name in decoders}
+    prefill: dict[str, list[float]] = {name: [] for name in decoders}
+    for name, decoder in decoders.items():
         begin = time.perf_counter()
-        models[name] = makers[name](model)
-        rows[name] = {"quantize_s": round(time.perf_counter() - begin, 2)} if name != "bf16" else {}
-        gc.collect()
-    decode: dict[str, list[float]] = {name: [] for name in models}
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        measure(model, prompt[:, :64], 3)
+        decoder.measure(prompt[:, :64], 3)
+        if decoder.compiled:
+            rows[name] = {"compile_s": round(time.perf_counter() - begin, 1)}
     for _ in range(args.turns):
-        for name, model in models.items():
-            a, b = measure(model, prompt, args.decode)
+        for name, decoder in decoders.items():
+            a, b = decoder.measure(prompt, args.decode)
             decode[name].append(a)
             prefill[name].append(b)
         if args.llama_python:
