@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,25 +20,9 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BACKEND = os.environ.get("KBIT_CHECKED_STEP", "triton")
 
 if DEVICE == "cpu":
-    # Where the interpreter computes differently from devices: it rounds the product of a fused multiply-add (float64
-    # holds it exactly), and cuts bf16 instead of rounding to nearest.
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from tests.triton_interpreter import mend
 
-    def fused(self, x, y, z):
-        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    convert = interpreter._convert_float
-
-    def nearest(data, source, target, rounding):
-        if source == tl.float32 and target == tl.bfloat16:
-            return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return convert(data, source, target, rounding)
-
-    InterpreterBuilder.create_fma = fused
-    interpreter._convert_float = nearest
+    mend()
 
 CASES = [
     ("Adam", {"weight_decay": 0.1}),
