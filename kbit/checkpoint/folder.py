@@ -21,12 +21,15 @@ def new_folder(out: str | Path, force: bool = False, keep_off: str | Path | None
     force: replace an existing `out`, which must be a model folder (it has a config.json) or empty. keep_off: a folder
     that must not be replaced, because it is being read.
 
-    Raises ValueError where `out` exists or must not be replaced.
+    Raises ValueError where `out` exists, must not be replaced or cannot be written.
     """
     out = Path(os.path.abspath(out))
     check_out(out, force, keep_off)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    except OSError as error:
+        raise _not_writable(out, error) from None
     try:
         yield temporary
         # mkdtemp gives a folder that only its owner can enter; a model folder is an ordinary one.
@@ -50,12 +53,13 @@ def new_folder(out: str | Path, force: bool = False, keep_off: str | Path | None
 
 
 def check_out(out: str | Path, force: bool = False, keep_off: str | Path | None = None) -> None:
-    """ValueError where a result may not be written to `out`: see `new_folder`."""
+    """ValueError where a result may not, or cannot, be written to `out`: see `new_folder`."""
     out = Path(os.path.abspath(out))
     if keep_off is not None:
         source = Path(keep_off).resolve()
         if out.resolve() == source or out.resolve() in source.parents:
             raise ValueError(f"{out} is or holds the model that is being read; give another place for the result")
+    check_writable(out)
     if not out.exists() and not out.is_symlink():
         return
     if not force:
@@ -64,6 +68,20 @@ def check_out(out: str | Path, force: bool = False, keep_off: str | Path | None 
         raise ValueError(f"{out} is not a folder, so it is not replaced; remove it yourself or give another place")
     if any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"{out} holds files but no config.json: it is not a model folder and is not replaced")
+
+
+def check_writable(out: str | Path) -> None:
+    """ValueError where no folder `out` can be made. It is tried: permissions tell nothing of a read-only disk."""
+    out = Path(os.path.abspath(out))
+    parent = next(p for p in out.parents if p.exists() or p.is_symlink())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=parent))
+    except OSError as error:
+        raise _not_writable(out, error) from None
+
+
+def _not_writable(out: Path, error: OSError) -> ValueError:
+    return ValueError(f"{out} cannot be written ({error.strerror}); give a place where you may create a folder")
 
 
 def copy_side_files(source: Path, out: Path) -> list[str]:

@@ -8,7 +8,9 @@ A command raises ordinary exceptions: `run` turns each into one sentence on stde
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,6 +32,9 @@ _EXTRAS = {
     "jinja2": "report",
     "triton": "triton",
 }
+
+# The system, as Python and safetensors pass it on; torch.save, which knows no reason.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded", "unexpected pos", "PytorchStreamWriter failed writing")
 
 app = typer.Typer(
     name="kbit",
@@ -70,6 +75,8 @@ def one_sentence(error: BaseException) -> str:
         extra = _EXTRAS.get(package)
         target = f"'kbit[{extra}]'" if extra else package
         return f"this needs the package {package}, which is not installed: pip install {target}"
+    if any(said in str(error) for said in _DISK_FULL):
+        return "a file could not be written whole, as on a full disk: free some space or write elsewhere"
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{place}"
@@ -121,8 +128,18 @@ def run(argv: Sequence[str]) -> int:
         return 2
 
 
+def leave_on_sigterm() -> None:
+    """Have SIGTERM, which schedulers send, end a command as an error does: what is half written is removed."""
+
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def _quiet_libraries() -> None:
     """Warnings of libraries are for programmers; a command says what its user has to know itself."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed

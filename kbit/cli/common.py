@@ -113,9 +113,12 @@ def _check_config(config: Path, name: str) -> None:
 
 
 def _check_hub(name: str) -> None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            # One request: a download of what is not there, such as a misspelt folder, tries for half a minute.
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
         config = hf_hub_download(name, "config.json")
     except Exception as error:  # whatever the network or the hub answers
         raise ValueError(

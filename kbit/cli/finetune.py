@@ -40,7 +40,7 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Train LoRA adapters on a text; the base stays frozen, quantized with qlora."""
-    from kbit.integrations.finetune import FinetuneSettings, finetune
+    from kbit.integrations.finetune import FinetuneSettings, finetune, open_run
 
     settings = FinetuneSettings(
         model=resolve_model(model),
@@ -62,6 +62,7 @@ def finetune(
         seed=seed,
     )
     settings.check()
+    open_run(settings, output, resume)  # says what is wrong with the folder before a progress bar starts
     bar, advance = progress("training", 1)
     done = 0
 

@@ -80,6 +80,10 @@ def check_target(path: str | Path) -> None:
     parent = next((p for p in path.absolute().parents if p.exists()), None)
     if parent is not None and not parent.is_dir():
         raise ValueError(f"{parent} is a file, so {path} cannot be written")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); write the report elsewhere") from None
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as stream:
             head = stream.read(4096)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kbit.checkpoint.folder import check_writable
 from kbit.config import KbitConfig
 from kbit.eval.perplexity import check_causal
 from kbit.integrations.peft import prepare_for_training
@@ -178,7 +179,7 @@ def finetune(
     """
     settings.check()
     output = Path(settings.output)
-    checkpoint = _open_run(settings, output, resume)
+    checkpoint = open_run(settings, output, resume)
 
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -297,7 +298,7 @@ def load_base(settings: FinetuneSettings) -> Any:
         raise
 
 
-def _open_run(settings: FinetuneSettings, output: Path, resume: bool) -> str | None:
+def open_run(settings: FinetuneSettings, output: Path, resume: bool) -> str | None:
     """Check that the output folder is free, or holds this run; the checkpoint to go on from, or None for a new run."""
     file = output / SETTINGS_FILE
     current = dataclasses.asdict(settings)
@@ -305,6 +306,7 @@ def _open_run(settings: FinetuneSettings, output: Path, resume: bool) -> str | N
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             hint = "; --resume goes on with the run in it" if file.exists() else ""
             raise ValueError(f"{output} exists and is not empty; choose another folder{hint}")
+        check_writable(output)
         return None
     if not file.is_file():
         raise ValueError(f"{output} holds no run to resume (no {SETTINGS_FILE})")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import glob
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -206,6 +209,28 @@ def test_an_interrupt_is_130(kbit_cli, monkeypatch) -> None:  # type: ignore[no-
     assert result.code == 130 and result.err == ""
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc takes no files")
+def test_places_that_take_no_files_are_said_before_the_work(kbit_cli, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 200)
+    check(kbit_cli("quantize", "demo", "/proc/q"), "/proc/q cannot be written", "give a place where you may")
+    check(kbit_cli("finetune", "demo", "--data", text, "--output", "/proc/f"), "/proc/f cannot be written")
+    report = ("--report", "/proc/r.html")
+    check(kbit_cli("eval", "demo", "--formats", "bf16", "--text", text, *report), "/proc/r.html cannot be written")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_leaves_nothing_half_written(signum: int, code: int, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "kbit", "quantize", "demo", str(tmp_path / "q")])
+    while not glob.glob(f"{tmp_path}/.q.*.tmp/*", include_hidden=True):
+        assert process.poll() is None, "it was done before it could be stopped"
+        time.sleep(0.001)
+    process.send_signal(signum)
+    assert process.wait(60) == code
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_closed_pipe_is_quiet() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "kbit", "plan", "--params", "7B", "--memory", "12GB"],
@@ -235,6 +260,8 @@ def test_unexpected_errors_are_one_sentence_too(kbit_cli, monkeypatch) -> None: 
         (ModuleNotFoundError("x", name="matplotlib.pyplot"), "pip install 'kbit[report]'"),
         (ModuleNotFoundError("x", name="something"), "pip install something"),
         (ValueError(), "unexpected error, ValueError"),
+        (OSError(28, "No space left on device"), "full disk: free some space or write elsewhere"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8 vs 4"), "full disk"),
     ],
 )
 def test_sentences(error: Exception, sentence: str) -> None:
