@@ -28,6 +28,10 @@ HOPPER_GRAD_TOKENS, HOPPER_GRAD_TOKENS_SMALL = 256, 128
 # Above this many tokens, where weight-only was asked for, decoding the int8 weight once is no slower.
 INT8_DEQUANTIZE_TOKENS = 128
 INT8_GRAD_TOKENS = 64
+# Where weight-only was asked for and another Hopper kernel is the fastest: the one that 4-bit weights have for many
+# tokens; up to INT8_DEQUANTIZE_TOKENS for weights of so many elements (measured on one H200).
+HOPPER_INT8_WIDE_TOKENS = range(65, 4097)
+HOPPER_INT8_WIDE_SIZE = 2**25
 # Columns that the Hopper kernel of LLM.int8() has room to mark.
 HOPPER_INT8_K = 32768
 
@@ -57,12 +61,17 @@ def llm_int8_outliers(device: str, m: int, k: int) -> int:
 def linear_8bit_kernel(
     path: str, m: int, n: int, k: int, dtype_bytes: int, capability: tuple[int, int] | None, aligned: bool = True
 ) -> str:
-    """Which kernel of a GPU takes a path of `linear_8bit_path`: "hopper", "triton", or "dequantize" (decode the weight
-    once, then the vendor's library). capability, aligned: as in `linear_4bit_path`."""
-    if path == "weight_only" and m > INT8_DEQUANTIZE_TOKENS:
-        return "dequantize"
+    """Which kernel of a GPU takes a path of `linear_8bit_path`: "hopper", "hopper_wide", "triton", or "dequantize"
+    (decode the weight once, then the vendor's library). capability, aligned: as in `linear_4bit_path`."""
     fits = dtype_bytes == 2 and k % 16 == 0 and k <= HOPPER_INT8_K and n > 0
-    return "hopper" if capability == (9, 0) and aligned and fits else "triton"
+    on_hopper = capability == (9, 0) and aligned and fits
+    if path == "weight_only":
+        large = m > INT8_DEQUANTIZE_TOKENS
+        if on_hopper and m in HOPPER_INT8_WIDE_TOKENS and (large or n * k >= HOPPER_INT8_WIDE_SIZE):
+            return "hopper_wide"
+        if large:
+            return "dequantize"
+    return "hopper" if on_hopper else "triton"
 
 
 def linear_8bit_grad_path(m: int) -> str:

@@ -52,6 +52,10 @@ def linear_8bit(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) 
     return _launcher("linear_8bit", "linear_8bit")(x, weight, absmax, bias)
 
 
+def linear_8bit_wide(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
+    return _launcher("linear_8bit_wide", "linear_8bit")(x, weight, absmax, bias)
+
+
 def llm_int8(
     x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, outlier_threshold: float, limit: int
 ) -> Tensor:

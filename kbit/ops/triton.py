@@ -135,6 +135,8 @@ def linear_8bit(  # type: ignore[no-untyped-def]
     found = choose.linear_8bit_kernel(path, m, n, k, x.element_size(), capability, aligned)
     if found == "hopper":
         kernel = cuda.linear_8bit if few else cuda.llm_int8
+    elif found == "hopper_wide":
+        kernel = cuda.linear_8bit_wide
     elif found == "dequantize":
         return F.linear(x, dequantize_int8(weight, absmax, x.dtype), bias)
     if few:

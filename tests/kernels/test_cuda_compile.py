@@ -10,7 +10,7 @@ import time
 import pytest
 
 from kbit.kernels.cuda import compile as compiler
-from kbit.kernels.cuda import linear_8bit, llm_int8, optim, quantize_4bit
+from kbit.kernels.cuda import linear_8bit, linear_8bit_wide, llm_int8, optim, quantize_4bit
 
 SOURCES = sorted(compiler.FOLDER.glob("*.cu"))
 
@@ -55,14 +55,15 @@ def test_headers_are_found_by_name_and_are_part_of_the_key(compiled, monkeypatch
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_every_header_of_a_kernel_is_here(source):
-    """Or is made for its settings, as wgmma.h is. Nothing comes from a CUDA toolkit."""
+    """Or is made for its settings, as wgmma.h and wgmma_s8.h are. Nothing comes from a CUDA toolkit."""
     text = source.read_text()
-    headers = compiler.with_headers(text, {"wgmma.h": ""})
+    headers = compiler.with_headers(text, {"wgmma.h": "", "wgmma_s8.h": ""})
     assert not re.search(r"#include\s*<", "\n".join([text, *headers.values()]))
 
 
 LOADS = [
     linear_8bit._load,
+    linear_8bit_wide._load,
     llm_int8._load,
     llm_int8._load_rows,
     llm_int8._load_gather,

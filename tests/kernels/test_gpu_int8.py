@@ -74,14 +74,37 @@ def test_any_number_of_outlier_columns(outliers, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("m, n, k", [(65, 300, 1040), (130, 4096, 4112), (700, 517, 2816), (2100, 600, 1024)])
+@pytest.mark.parametrize("m, n, k", [(65, 300, 1040), (130, 4096, 8208), (700, 517, 2816), (2100, 600, 1024)])
 def test_too_many_outlier_columns_leave_int8(m, n, k, dtype):
     weight, exact = quantized(n, k)
     bias = torch.randn(n, device="cuda").to(dtype)
     x = (torch.randn(m, k, device="cuda") * 3).to(dtype)
     x[m // 2] = 7.0
-    for rows in (x, torch.randn(m, 2 * k, device="cuda").to(dtype)[:, :k].copy_(x)):
-        close(ops.linear_8bit(rows, *weight, bias, 6.0), x.double() @ exact.T + bias.double(), dtype)
+    spread = activations(m, k, 0, dtype)  # one outlier a row, each in a column of its own
+    spread[torch.arange(m), torch.arange(m) * 7 % k] = 9.0
+    for rows in (x, torch.randn(m, 2 * k, device="cuda").to(dtype)[:, :k].copy_(x), spread):
+        for asked in (None, False):
+            out = ops.linear_8bit(rows, *weight, bias, 6.0, asked)
+            close(out, rows.double() @ exact.T + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_inputs_at_many_tokens_however_their_tiles_are_cut(dtype):
+    if cuda.why_not():
+        pytest.skip(cuda.why_not())
+    from kbit.kernels.cuda import linear_8bit_wide as wide
+    from kbit.kernels.cuda.stream_k import Schedule
+
+    for n, k, m in ((256, 64, 100), (1001, 1088, 515), (776, 2320, 700), (264, 4096, 129), (520, 528, 1500)):
+        weight, exact = quantized(n, k)
+        x = torch.randn(m, k, device="cuda").to(dtype)
+        bias = torch.randn(n, device="cuda").to(dtype)
+        tiles = -(-n // 256) * -(-m // wide.choose_config(m).nt)
+        for cut in (None, Schedule(1, 0), Schedule(3, 0), Schedule(5, tiles), Schedule(66, tiles)):
+            torch.full((m, n), float("nan"), device="cuda", dtype=dtype)  # the output's memory, just freed
+            out = wide.linear_8bit(x, *weight, bias, cut)
+            close(out, x.double() @ exact.T + bias.double(), dtype)
+            assert torch.equal(out, wide.linear_8bit(x, *weight, bias, cut))
 
 
 def test_every_hopper_setting():

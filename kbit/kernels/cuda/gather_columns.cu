@@ -1,8 +1,8 @@
 // Many outlier columns of LLM.int8(): what llm_int8.cu adds for them, side by side instead of a row's length apart.
 //
 // rest[M, CAPACITY] = x - code * scale at the marked columns, in order, and sub[N, CAPACITY] = codes of W there, both in 16
-// bits, zeros up to a multiple of 16 columns. With more than CAPACITY of them the product multiplies all columns in 16 bits:
-// then sub[N, K] = codes of W. A block takes ROWS rows of x or rows_w of W.
+// bits, zeros up to a multiple of 16 columns. With more than CAPACITY of them, nothing: nobody reads them then. A block takes ROWS rows
+// of x or rows_w of W.
 //
 // Compile-time settings: FP16, CAPACITY (columns, and threads a block), ROWS.
 
@@ -43,17 +43,7 @@ gather_columns(const u16* __restrict__ x, const signed char* __restrict__ codes,
   const bool of_x = blockIdx.x < blocks_x;
   const int row0 = of_x ? blockIdx.x * ROWS : (blockIdx.x - blocks_x) * rows_w;
   const int height = of_x ? min(ROWS, M - row0) : min(rows_w, N - row0);
-  if (count == 0 || of_x && count > CAPACITY) return;
-  if (count > CAPACITY) {
-    const uint2* const from = (const uint2*)(weight + (size_t)row0 * K);
-    uint4* const to = (uint4*)(sub + (size_t)row0 * K);
-#pragma unroll 8
-    for (int i = thread; i < height * (K / 8); i += CAPACITY) {
-      const uint2 c = __ldg(from + i);
-      to[i] = make_uint4(widen_codes<0x4140>(c.x), widen_codes<0x4342>(c.x), widen_codes<0x4140>(c.y), widen_codes<0x4342>(c.y));
-    }
-    return;
-  }
+  if (count == 0 || count > CAPACITY || *(const u32*)(flags + K)) return;
   for (int i = first; own && i < min(first + share, pieces); i++) {
     const uint4 f = ((const uint4*)flags)[i];
     const u32 word[4] = {f.x, f.y, f.z, f.w};

@@ -23,6 +23,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
+__device__ __forceinline__ void barrier_end(u32 bar) {  // before its memory has another use
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
 // After the last barrier_init of a thread block: other blocks of the cluster and the copy engine see them.
 __device__ __forceinline__ void barriers_are_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
@@ -53,11 +56,11 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int x, i
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
-template <int BLOCKS>  // into the shared memory of the first BLOCKS blocks of the cluster, at the same address of each
-__device__ __forceinline__ void copy_tile_to(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+template <int BLOCKS>  // into the shared memory of BLOCKS blocks of the cluster from the `first` on, at the same address of each
+__device__ __forceinline__ void copy_tile_to(u32 to, const TensorMap* map, int x, int y, u32 bar, u32 first = 0) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)((1 << BLOCKS) - 1)) : "memory");
+      ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)(((1 << BLOCKS) - 1) << first)) : "memory");
 }
 
 // ---- clusters ----
@@ -86,6 +89,11 @@ __device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {  // 16 by
 __device__ __forceinline__ u32 load_shared(u32 from) {
   u32 v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+__device__ __forceinline__ u32 load_pair(u32 from) {  // 2 bytes
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
   return v;
 }
 __device__ __forceinline__ uint4 load_shared16(u32 from) {  // 16 bytes

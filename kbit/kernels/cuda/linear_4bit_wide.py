@@ -1,4 +1,4 @@
-"""Launcher of `linear_4bit_wide.cu`: 4-bit products of many tokens on Hopper."""
+"""Launcher of `linear_wide.cu` for 4-bit weights: products of many tokens on Hopper."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def settings(config: Config, name: str, dtype: torch.dtype, nested: bool) -> tup
     """(macros, headers) to compile the kernel with."""
     fp16 = dtype == torch.float16
     macros: dict[str, object] = {
+        "BITS": 4,
         "FP16": int(fp16),
         "NT": config.nt,
-        "STAGES": config.stages,
+        "WIDE_STAGES": config.stages,
         **table_macros(name, dtype, nested),
     }
     return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
@@ -73,8 +74,8 @@ _FIRST_POINTER: int = _Arguments.absmax.offset
 @compiler.once
 def _load(device: int, config: Config, name: str, dtype: torch.dtype, nested: bool) -> compiler.Launcher:
     macros, headers = settings(config, name, dtype, nested)
-    code = compiler.cubin("linear_4bit_wide", "sm_90a", macros, headers)
-    function = compiler.load(code, "linear_4bit_wide", config.shared_bytes)
+    code = compiler.cubin("linear_wide", "sm_90a", macros, headers)
+    function = compiler.load(code, "linear_wide", config.shared_bytes)
     return compiler.Launcher(function, _Arguments, _THREADS, config.shared_bytes)
 
 

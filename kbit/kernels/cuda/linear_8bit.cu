@@ -30,29 +30,6 @@ constexpr int ACC = NT / 2;                        // accumulators a lane
 
 static_assert(STAGES % WK == 0 && STAGES >= 2 * WK, "a stage belongs to one warpgroup along K");
 
-__device__ __forceinline__ u32 load_pair(u32 from) {  // two neighbouring codes
-  u16 v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
-  return v;
-}
-#if FP16
-// 0x6400 | (code + 128) is 1024 + 128 + code in fp16.
-__device__ __forceinline__ u32 decode_pair(u32 codes) {
-  u32 d;
-  asm("{\n .reg .b32 p;\n xor.b32 p, %1, 0x8080;\n prmt.b32 p, p, 0x64646464, 0x4140;\n sub.rn.f16x2 %0, p, %2;\n}" : "=r"(d) : "r"(codes), "r"(0x64806480u));
-  return d;
-}
-#else
-// In bf16, 0x4300 | low seven bits is 128 + those, and 0x4300 | sign bit is 128, or 256 for a negative code, whose low
-// bits stand for 128 more than it: the difference is the code.
-__device__ __forceinline__ u32 decode_pair(u32 codes) {
-  u32 d;
-  asm("{\n .reg .b32 p, q;\n prmt.b32 p, %1, 0x43434343, 0x4140;\n and.b32 q, p, 0xff80ff80;\n and.b32 p, p, 0xff7fff7f;\n"
-      " sub.rn.bf16x2 %0, p, q;\n}" : "=r"(d) : "r"(codes));
-  return d;
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 #if CLUSTER > 1
     __cluster_dims__(1, 1, CLUSTER)
@@ -125,8 +102,8 @@ linear_8bit(const __grid_constant__ TensorMap map_w, const __grid_constant__ Ten
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const u32 at = ((4 * half + (i >> 1)) ^ (local0 & 7)) * 16 + 8 * (i & 1);
-        to[2 * i] = decode_pair(load_pair(row + at));
-        to[2 * i + 1] = decode_pair(load_pair(row + 8 * KS + at));
+        to[2 * i] = widen_codes<0x4140>(load_pair(row + at));
+        to[2 * i + 1] = widen_codes<0x4140>(load_pair(row + 8 * KS + at));
       }
     };
     auto multiply = [&](u32 (&from)[16], int slot, int half) {

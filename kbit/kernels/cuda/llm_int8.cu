@@ -12,18 +12,18 @@
 // taken back and the column counts as it is. At many tokens gather_columns.cu has put these columns side by side (rest,
 // sub).
 //
-// With more than `limit` outlier columns nothing is gained by int8: then all columns are multiplied in 16 bits, through the
-// same stages, half as many columns at a time. At many tokens gather_columns.cu has written W in 16 bits (sub, map_sub); at
-// fewer the warps that else wait turn its codes into 16 bits where its tile belongs. All of it is decided on the device.
+// With more than `limit` outlier columns nothing is gained by int8: then all columns are multiplied in 16 bits, as wide.h does it. The blocks
+// count the columns while their first tiles arrive.
 //
 // Where tiles are fewer than multiprocessors, K is split among the SPLIT blocks of a cluster: their parts, scaled to fp32, meet in
 // distributed shared memory and are added in a fixed order; results repeat bit for bit.
 //
 // Compile-time settings: FP16, BN (a multiple of 32 up to 256), STAGES, CLUSTER, SPLIT (1 where CLUSTER is 2) and
-// CAPACITY. wgmma.h is generated for BN.
+// CAPACITY. wgmma_s8.h is generated for BN. For wide.h, BITS (8), NT and WIDE_STAGES.
 
 #include "hopper.h"
-#include "wgmma.h"
+#include "wgmma_s8.h"
+#include "wide.h"
 
 constexpr int BM = 128, BK = 128;
 constexpr int CONSUMERS = 256, THREADS = 384, GATHERERS = 96;
@@ -40,30 +40,27 @@ constexpr int MASK_BYTES = 4096;                   // one bit a column: K up to 
 constexpr int BAR_OFFSET = MASK_OFFSET + MASK_BYTES;
 constexpr int ACC = BN / 2;                        // accumulators a lane
 constexpr float STEP = 0.007874015748031496f;      // 1 / 127
-constexpr int WIDE = BK / 2;                       // columns of a stage in 16 bits
 constexpr int PART_PITCH = BN + 8;                 // floats a row of a part, over the stages
 
 static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares weights or splits K");
 static_assert(SPLIT == 1 || BM * PART_PITCH * 4 <= STAGES * STAGE, "a part fits where the stages were");
 
+constexpr int BLOCKS = CLUSTER * SPLIT > 1 ? CLUSTER * SPLIT : 2;  // a cluster; of wide.h's pairs in any case
+static_assert(BLOCKS % 2 == 0, "pairs share inputs when all columns are multiplied in 16 bits");
+
 struct Unit { int token0, row0; };
-struct Codes { static constexpr bool wide = false; };
-struct Halves { static constexpr bool wide = true; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-#if CLUSTER * SPLIT > 1
-    __cluster_dims__(CLUSTER * SPLIT, 1, 1)
-#endif
-llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w,
-         const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_sub, const u16* __restrict__ x,
-         const signed char* __restrict__ codes, const signed char* __restrict__ weight, const float* __restrict__ rows,
+    __cluster_dims__(BLOCKS, 1, 1)
+llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap wide_w,
+         const __grid_constant__ TensorMap wide_x, const u16* __restrict__ x, const signed char* __restrict__ codes, const signed char* __restrict__ weight, const float* __restrict__ rows,
          const float* __restrict__ absmax, const u16* __restrict__ bias, const u8* __restrict__ flags,
-         const u16* __restrict__ rest, const u16* __restrict__ sub, u16* __restrict__ out, int M, int N, int K, int stride_x, int stride_codes, int group, int limit) {
+         const u16* __restrict__ rest, const u16* __restrict__ sub, u16* __restrict__ out, float4* workspace, u64* wide_flags, u64 launch, int M, int N, int K, int stride_x,
+         int stride_codes, int group, int limit, int workers, int wide_blocks, int shared_tiles) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
   const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
-  const u32 widened = empty + 8 * STAGES;  // the weights of a stage are there in 16 bits
-  const u32 rest_full = widened + 8 * STAGES, rest_empty = rest_full + 8, note = rest_full + 16;
+  const u32 rest_full = empty + 8 * STAGES, rest_empty = rest_full + 8, note = rest_full + 16;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
   const u32 cluster = CLUSTER * SPLIT > 1 ? cluster_rank() : 0;
   const u32 rank = CLUSTER > 1 ? cluster : 0, split = SPLIT > 1 ? cluster : 0;
@@ -72,7 +69,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
   const int units = tiles_m * tiles_n;
   const int all_steps = (K + BK - 1) / BK, share = (all_steps + SPLIT - 1) / SPLIT;
   const int begin_step = min(all_steps, (int)split * share);
-  int steps = min(share, all_steps - begin_step);
+  const int steps = min(share, all_steps - begin_step);
   // Tiles of tokens in groups, so that clusters at work at one time share what they read.
   auto unit_at = [&](int u) {
     Unit unit;
@@ -82,13 +79,12 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     return unit;
   };
   // A split block has one tile, whose part takes the place of the stages.
-  const int first_unit = blockIdx.x / (CLUSTER * SPLIT), stride_unit = gridDim.x / (CLUSTER * SPLIT);
+  const int first_unit = blockIdx.x / (CLUSTER * SPLIT), stride_unit = workers;
 
   if (thread == CONSUMERS) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 2 * CLUSTER);
-      barrier_init(widened + 8 * s, THREADS - CONSUMERS);
     }
     barrier_init(rest_full, GATHERERS);
     barrier_init(rest_empty, 2);
@@ -99,19 +95,21 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
   else __syncthreads();
   wait_for_previous_kernel();
 
-  auto copy_stage = [&](const Unit& unit, const TensorMap* of_x, const TensorMap* of_w, int column, int slot) {
+  auto copy_stage = [&](const Unit& unit, int step, int slot) {
+    const int column = (begin_step + step) * BK;
     const u32 bar = full + 8 * slot, to = base + slot * STAGE;
     barrier_expect(bar, STAGE);
-    copy_tile(to, of_x, column, unit.token0, bar);
+    copy_tile(to, &map_a, column, unit.token0, bar);
     if (CLUSTER > 1)
-      copy_tile_to<CLUSTER>(to + A_BYTES + rank * (W_BYTES / CLUSTER), of_w, column, unit.row0 + rank * (BN / CLUSTER), bar);
+      copy_tile_to<CLUSTER>(to + A_BYTES + rank * (W_BYTES / CLUSTER), &map_w, column, unit.row0 + rank * (BN / CLUSTER), bar);
     else
-      copy_tile(to + A_BYTES, of_w, column, unit.row0, bar);
+      copy_tile(to + A_BYTES, &map_w, column, unit.row0, bar);
   };
   // The first stages are under way while everybody counts the outlier columns; should these be too many, nobody uses them.
-  const int early = min(STAGES, steps);
+  const bool idle = first_unit >= units || first_unit >= workers;  // started for the 16-bit product alone
+  const int early = idle ? 0 : min(STAGES, steps);
   if (thread == CONSUMERS)
-    for (int step = 0; step < early; step++) copy_stage(unit_at(first_unit), &map_a, &map_w, (begin_step + step) * BK, step);
+    for (int step = 0; step < early; step++) copy_stage(unit_at(first_unit), step, step);
   int outliers = 0;
   if (flags) {
     for (int i = thread; i < K / 16; i += THREADS) {
@@ -128,74 +126,37 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     if (outliers) asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(note), "r"(outliers) : "memory");
     __syncthreads();
     outliers = load_shared(note);
+    if (*(const u32*)(flags + K)) outliers = limit + 1;  // more than these, one row has said
   }
-  const bool wide = outliers > limit, convert = wide && !rest;
-  int first_column = 0;
-  if (wide) {
-    const int all = (K + WIDE - 1) / WIDE, own = (all + SPLIT - 1) / SPLIT, begin = min(all, (int)split * own);
-    steps = min(own, all - begin);
-    first_column = begin * WIDE;
+  if (outliers > limit) {
+    if (thread == CONSUMERS) {  // shared memory gets another use: copies have to arrive, barriers to end
+      for (int step = 0; step < early; step++) barrier_wait(full + 8 * step, 0);
+      for (u32 bar = full; bar < note; bar += 8) barrier_end(bar);
+    }
+    __syncthreads();
+    if (blockIdx.x < wide_blocks)
+      wide::multiply<BLOCKS, false>(base, wide_w, wide_x, blockIdx.x, wide_blocks, absmax, nullptr, nullptr, bias, out, workspace, wide_flags, launch,
+                                    M, N, K, 0, shared_tiles);
+    return;
   }
+  if (idle) return;
 
   if (warp >= CONSUMERS / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 152;");
-    if (convert) {
-      // A quarter of a row of the tile, 16 codes, is an item; the next stage's items are loaded while this one's stage is
-      // still in use. Where they go is 128-byte swizzled, as the copy engine would have left them.
-      constexpr int HERE = THREADS - CONSUMERS, ITEMS = BN * 4 / HERE;
-      const int me = thread - CONSUMERS;
-      uint4 code[ITEMS];
-      auto load = [&](int row0, int column0) {
-#pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-          const int item = me + i * HERE, row = row0 + (item >> 2), column = column0 + (item & 3) * 16;
-          code[i] = make_uint4(0, 0, 0, 0);
-          if (row < N && column < K) code[i] = __ldg((const uint4*)(weight + (size_t)row * K + column));
-        }
-      };
-      int slot = early % STAGES, turn = early;
-      u32 phase = early == STAGES;
-      if (steps > 0) load(unit_at(first_unit).row0, first_column);
-      for (int u = first_unit; u < units; u += stride_unit) {
-        const int token0 = unit_at(u).token0, row0 = unit_at(u).row0, row0_next = unit_at(min(u + stride_unit, units - 1)).row0;
-        for (int step = 0; step < steps; step++) {
-          if (turn >= STAGES) barrier_wait(empty + 8 * slot, phase ^ 1);
-          turn++;
-          const u32 to = base + slot * STAGE + A_BYTES;
-          if (me == 0) {
-            barrier_expect(full + 8 * slot, A_BYTES);
-            copy_tile(base + slot * STAGE, &map_x, first_column + step * WIDE, token0, full + 8 * slot);
-          }
-#pragma unroll
-          for (int i = 0; i < ITEMS; i++) {
-            const int item = me + i * HERE, row = item >> 2, chunk = (item & 3) * 2;
-            const uint4 c = code[i];
-            store16(to + row * 128 + ((chunk ^ (row & 7)) << 4), widen_codes<0x4140>(c.x), widen_codes<0x4342>(c.x), widen_codes<0x4140>(c.y), widen_codes<0x4342>(c.y));
-            store16(to + row * 128 + ((chunk + 1 ^ (row & 7)) << 4), widen_codes<0x4140>(c.z), widen_codes<0x4342>(c.z), widen_codes<0x4140>(c.w), widen_codes<0x4342>(c.w));
-          }
-          const bool last = step + 1 == steps;
-          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-          barrier_arrive(widened + 8 * slot);
-          load(last ? row0_next : row0, first_column + (last ? 0 : step + 1) * WIDE);
-          if (++slot == STAGES) slot = 0, phase ^= 1;
-        }
-      }
-    } else if (warp == CONSUMERS / 32) {
+    if (warp == CONSUMERS / 32) {
       if (lane == 0) {
         int slot = early % STAGES, turn = early;
         u32 phase = early == STAGES;
         for (int u = first_unit; u < units; u += stride_unit) {
           const Unit unit = unit_at(u);
-          for (int step = !wide && u == first_unit ? early : 0; step < steps; step++) {
+          for (int step = u == first_unit ? early : 0; step < steps; step++) {
             if (turn >= STAGES) barrier_wait(empty + 8 * slot, phase ^ 1);
             turn++;
-            if (wide) copy_stage(unit, &map_x, &map_sub, first_column + step * WIDE, slot);
-            else copy_stage(unit, &map_a, &map_w, (begin_step + step) * BK, slot);
+            copy_stage(unit, step, slot);
             if (++slot == STAGES) slot = 0, phase ^= 1;
           }
         }
       }
-    } else if (outliers && !wide && split == 0) {
+    } else if (outliers && split == 0) {
       const int me = thread - CONSUMERS - 32;
       if (me < 32) {  // the marked columns, in order
         const int words = (K + 31) / 32;
@@ -313,22 +274,16 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
     const int wg = warp >> 2, g = lane >> 2, t = lane & 3;
     const int local0 = wg * 64 + (warp & 3) * 16 + g;  // this lane's tokens: local0 and local0 + 8
     int slot = 0, turn = 0;
     u32 phase = 0;
-    u32 widest = 0;  // stages in 16 bits so far
-    if (wide) {  // what was copied before that was known
-      for (; slot < early; slot++) {
-        barrier_wait(full + 8 * slot, 0);
-        if ((thread & 127) < CLUSTER) {
-          if (CLUSTER > 1) barrier_arrive_at(empty + 8 * slot, thread & 127);
-          else barrier_arrive(empty + 8 * slot);
-        }
+    auto release = [&](int slot) {
+      if ((thread & 127) < CLUSTER) {
+        if (CLUSTER > 1) barrier_arrive_at(empty + 8 * slot, thread & 127);
+        else barrier_arrive(empty + 8 * slot);
       }
-      if (slot == STAGES) slot = 0, phase = 1;
-    }
+    };
     for (int u = first_unit; u < units; u += stride_unit) {
       const Unit unit = unit_at(u);
       // Asked for now, needed after the products.
@@ -344,71 +299,52 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         }
       }
       int acc[ACC];
-      // The sum over this block's stages: of codes, or of 16-bit values, whose fp32 sums lie in the same registers.
-      auto multiply = [&](auto operands) {
-        constexpr bool WIDE_OPERANDS = decltype(operands)::wide;
-        int before = -1;
-        for (int step = 0; step < steps; step++) {
-          barrier_wait(full + 8 * slot, phase);
-          if (WIDE_OPERANDS && convert) barrier_wait(widened + 8 * slot, widest++ / STAGES & 1);
-          // 128-byte swizzled, K-major: 8 rows are 1024 bytes; 32 codes, or 16 values, further in K are 32 bytes further.
-          const u32 a = base + slot * STAGE + wg * (64 * BK), w = base + slot * STAGE + A_BYTES;
-          const u64 kind = (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-          const u64 da = kind | ((a & 0x3ffff) >> 4), dw = kind | ((w & 0x3ffff) >> 4);
+      int before = -1;
+      for (int step = 0; step < steps; step++) {
+        barrier_wait(full + 8 * slot, phase);
+        // 128-byte swizzled, K-major: 8 rows are 1024 bytes; 32 codes further in K are 32 bytes further.
+        const u32 a = base + slot * STAGE + wg * (64 * BK), w = base + slot * STAGE + A_BYTES;
+        const u64 kind = (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+        const u64 da = kind | ((a & 0x3ffff) >> 4), dw = kind | ((w & 0x3ffff) >> 4);
+#pragma unroll
+        for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < BK / 32; i++) wgmma_s8(acc, da + 2 * i, dw + 2 * i, step > 0 || i > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (before >= 0) {
+          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+          release(before);
+        }
+        before = slot;
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+      }
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+      if (before >= 0) release(before);
+      // In place: the registers of the int32 sums become those of the fp32 ones.
+#pragma unroll
+      for (int i = 0; i < ACC; i++)
+        asm volatile("{\n .reg .f32 v;\n cvt.rn.f32.s32 v, %0;\n mul.rn.f32 v, v, %1;\n mov.b32 %0, v;\n}" : "+r"(acc[i]) : "f"(i & 2 ? scale1 : scale0));
+      if (split == 0) {
+        for (int begin_c = 0; begin_c < outliers; begin_c += OC) {
+          barrier_wait(rest_full, turn & 1);
+          turn++;
+          // No swizzle: 8 rows of 16 bytes are 128 bytes, the next 8 columns are a whole operand further.
+          const u32 a = base + REST_OFFSET + wg * 1024, w = base + SUB_OFFSET;
+          const u64 da = (u64)((a & 0x3ffff) >> 4) | (u64)(BM) << 16 | (u64)8 << 32;
+          const u64 dw = (u64)((w & 0x3ffff) >> 4) | (u64)(BN) << 16 | (u64)8 << 32;
 #pragma unroll
           for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+          wgmma_half(acc, da, dw, 1);
+          asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-          for (int i = 0; i < BK / 32; i++) {
-            if constexpr (WIDE_OPERANDS) wgmma_half(acc, da + 2 * i, dw + 2 * i, step > 0 || i > 0);
-            else wgmma_s8(acc, da + 2 * i, dw + 2 * i, step > 0 || i > 0);
-          }
-          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-          if (before >= 0) {
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if ((thread & 127) < CLUSTER) {
-              if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
-              else barrier_arrive(empty + 8 * before);
-            }
-          }
-          before = slot;
-          if (++slot == STAGES) slot = 0, phase ^= 1;
-        }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-        if (before >= 0 && (thread & 127) < CLUSTER) {
-          if (CLUSTER > 1) barrier_arrive_at(empty + 8 * before, thread & 127);
-          else barrier_arrive(empty + 8 * before);
-        }
-      };
-      if (wide) {
-        multiply(Halves{});
-      } else {
-        multiply(Codes{});
-        // In place: the registers of the int32 sums become those of the fp32 ones.
-#pragma unroll
-        for (int i = 0; i < ACC; i++)
-          asm volatile("{\n .reg .f32 v;\n cvt.rn.f32.s32 v, %0;\n mul.rn.f32 v, v, %1;\n mov.b32 %0, v;\n}" : "+r"(acc[i]) : "f"(i & 2 ? scale1 : scale0));
-        if (split == 0) {
-          for (int begin_c = 0; begin_c < outliers; begin_c += OC) {
-            barrier_wait(rest_full, turn & 1);
-            turn++;
-            // No swizzle: 8 rows of 16 bytes are 128 bytes, the next 8 columns are a whole operand further.
-            const u32 a = base + REST_OFFSET + wg * 1024, w = base + SUB_OFFSET;
-            const u64 da = (u64)((a & 0x3ffff) >> 4) | (u64)(BM) << 16 | (u64)8 << 32;
-            const u64 dw = (u64)((w & 0x3ffff) >> 4) | (u64)(BN) << 16 | (u64)8 << 32;
-#pragma unroll
-            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-            wgmma_half(acc, da, dw, 1);
-            asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-            for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
-            // The last ones are given back after the epilogue: what the next tile needs is then fetched under its products,
-            // instead of holding up the stores of this one.
-            if (begin_c + OC < outliers && (thread & 127) == 0) barrier_arrive(rest_empty);
-          }
+          for (int i = 0; i < ACC; i++) asm volatile("" : "+r"(acc[i])::"memory");
+          // The last ones are given back after the epilogue: what the next tile needs is then fetched under its products,
+          // instead of holding up the stores of this one.
+          if (begin_c + OC < outliers && (thread & 127) == 0) barrier_arrive(rest_empty);
         }
       }
       if (SPLIT > 1) {  // the part goes where the stages were, once no warpgroup reads those
@@ -472,7 +408,7 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         }
         __syncwarp();
       }
-      if (outliers > 0 && !wide && (thread & 127) == 0) barrier_arrive(rest_empty);
+      if (outliers > 0 && (thread & 127) == 0) barrier_arrive(rest_empty);
     }
   }
   __syncwarp();

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from kbit.kernels.cuda import compile as compiler
-from kbit.kernels.cuda.operands import UINT8, TensorMap, as_rows, encode_cached, half_kind
+from kbit.kernels.cuda import linear_8bit_wide
+from kbit.kernels.cuda.operands import UINT8, TensorMap, as_rows, encode_cached
+from kbit.kernels.cuda.stream_k import Schedule, launches, schedule, tokens_a_tile
 
 _SHARED_LIMIT = 232448  # bytes a thread block of compute capability 9.0 may have
 _BM, _BK = 128, 128
@@ -20,10 +22,8 @@ _THREADS = 384
 # From GATHER_TOKENS tokens on, up to _CAPACITY outlier columns are put side by side.
 GATHER_TOKENS = 512
 _CAPACITY, _GATHER_ROWS = 256, 32
-# A copy of W in 16 bits is set aside for the case of too many outlier columns; above this many weights (512 MiB) their
-# codes are turned into 16 bits inside the product, as they are at fewer tokens.
-_MOST_WIDENED = 2**28
-_WIDE = _BK // 2  # columns of a stage when all of them are multiplied in 16 bits
+# The 16-bit product's tiles: few kinds, since each is compiled into a kernel with the int8 product's.
+_WIDE = tuple(linear_8bit_wide.Config(nt, stages) for nt, stages in ((128, 8), (192, 6), (256, 5)))
 MAX_K = 32768  # columns that the kernel's bit mask has room for
 
 
@@ -39,14 +39,20 @@ class Config:
     group: int = 8
 
     @property
+    def blocks(self) -> int:
+        """Thread blocks a cluster: pairs at least, which share inputs when all columns are multiplied in 16 bits."""
+        return max(2, self.cluster * self.split)
+
+    @property
     def shared_bytes(self) -> int:
         stages = self.stages * (_BM + self.bn) * _BK
         outliers = (_BM + self.bn) * 16 * 2
-        return 1024 + stages + outliers + 8 * 16 * 80 + _CAPACITY * 2 + 16 * self.bn + 4096 + 24 * self.stages + 64
+        codes = 1024 + stages + outliers + 8 * 16 * 80 + _CAPACITY * 2 + 16 * self.bn + 4096 + 16 * self.stages + 64
+        return max(codes, *(wide.shared_bytes for wide in _WIDE))  # of the 16-bit product instead
 
     def valid(self) -> bool:
         """Whether the kernel compiles with these and fits a multiprocessor."""
-        clusters = self.cluster in (1, 2) and 1 <= self.split <= 8 and 1 in (self.cluster, self.split)
+        clusters = (self.cluster, self.split) in ((1, 1), (1, 2), (1, 4), (2, 1))
         part = self.split == 1 or _BM * (self.bn + 8) * 4 <= self.stages * (_BM + self.bn) * _BK
         sizes = self.bn % 32 == 0 and 32 <= self.bn <= 256 and self.shared_bytes <= _SHARED_LIMIT
         return clusters and part and sizes
@@ -57,21 +63,26 @@ class Config:
         return -(-m // height) * self.cluster * -(-n // self.bn)
 
 
+def _at_work(processors: int, blocks: int) -> int:
+    """Multiprocessors that clusters of so many thread blocks find: four do not fill all parts of a GPU."""
+    return processors if blocks < 3 else processors * 9 // 10
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_config(m: int, n: int, k: int, processors: int) -> Config:
     """The settings with the least work on the busiest multiprocessor.
 
     A step of a tile takes as long as its products, `bn`, and about as much as 330 features more for its barriers and
-    loads; a tile, four steps' products for its epilogue, and eight where parts of K meet. Clusters of three and four
-    leave some multiprocessors of a GPU's parts idle. Sharing weights pays where many tiles are at work for long.
+    loads; a tile, four steps' products for its epilogue, and eight where parts of K meet. Clusters of four leave
+    some multiprocessors of a GPU's parts idle. Sharing weights pays where many tiles are at work for long.
     Fitted to one H200."""
     cluster = 2 if m >= 2048 else 1
     steps = -(-k // _BK)
     best, least = Config(128), float("inf")
     for bn in (256, 224, 192, 128):
-        for split in (1, 2, 3, 4) if cluster == 1 else (1,):
+        for split in (1, 2, 4) if cluster == 1 else (1,):
             config = Config(bn, 4, cluster, split)
-            room = processors // (cluster * split) if split < 3 else processors * 9 // (10 * split)  # clusters at work
+            room = _at_work(processors, cluster * split) // (cluster * split)
             waves = -(-config.tiles(m, n) // (cluster * room))
             # Half a main loop is also too short to hide the fetching of outlier columns: 5000 is about 6 us.
             ends = 4 * bn if split == 1 else 8 * bn + 5000
@@ -108,8 +119,8 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         ("map_a", TensorMap),
         ("map_w", TensorMap),
-        ("map_x", TensorMap),
-        ("map_sub", TensorMap),
+        ("wide_w", TensorMap),
+        ("wide_x", TensorMap),
         ("x", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
@@ -120,6 +131,9 @@ class _Arguments(ctypes.Structure):
         ("rest", ctypes.c_void_p),
         ("sub", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("wide_flags", ctypes.c_void_p),
+        ("launch", ctypes.c_uint64),
         ("m", ctypes.c_int),
         ("n", ctypes.c_int),
         ("k", ctypes.c_int),
@@ -127,19 +141,23 @@ class _Arguments(ctypes.Structure):
         ("stride_codes", ctypes.c_int),
         ("group", ctypes.c_int),
         ("limit", ctypes.c_int),
+        ("workers", ctypes.c_int),
+        ("wide_blocks", ctypes.c_int),
+        ("shared_tiles", ctypes.c_int),
     ]
 
 
-_POINTERS_AND_SIZES = struct.Struct("10P7i")  # _Arguments from x on
+_POINTERS_AND_SIZES = struct.Struct("12PQ10i")  # _Arguments from x on
 _FIRST_POINTER: int = _Arguments.x.offset
 
 
 @compiler.once
-def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
+def _load(device: int, config: Config, wide: linear_8bit_wide.Config, fp16: bool) -> compiler.Launcher:
     bn, shared = config.bn, config.shared_bytes
     macros = {"FP16": int(fp16), "BN": bn, "STAGES": config.stages, "CLUSTER": config.cluster, "SPLIT": config.split}
     macros |= {"CAPACITY": _CAPACITY}
-    code = compiler.cubin("llm_int8", "sm_90a", macros, {"wgmma.h": wgmma_header(bn, fp16)})
+    of_wide, headers = linear_8bit_wide.settings(wide, fp16)
+    code = compiler.cubin("llm_int8", "sm_90a", macros | of_wide, headers | {"wgmma_s8.h": wgmma_header(bn, fp16)})
     return compiler.Launcher(compiler.load(code, "llm_int8", shared), _Arguments, _THREADS, shared)
 
 
@@ -154,10 +172,11 @@ class _RowArguments(ctypes.Structure):
         ("k", ctypes.c_int),
         ("stride_x", ctypes.c_int),
         ("limit", ctypes.c_uint),
+        ("most", ctypes.c_uint),
     ]
 
 
-_OF_ROWS = struct.Struct("4PiiI")  # _RowArguments
+_OF_ROWS = struct.Struct("4PiiII")  # _RowArguments
 
 
 @compiler.once
@@ -191,18 +210,22 @@ def _row_launcher(device: int, m: int, k: int, fp16: bool) -> compiler.Launcher:
     return _load_rows(device, -(-k // (8 * threads)), threads, fp16)
 
 
-def quantize_rows(x: Tensor, codes: int, rows: int, flags: int | None, threshold: float, stream: int) -> None:
+def quantize_rows(
+    x: Tensor, codes: int, rows: int, flags: int | None, threshold: float, stream: int, most: int = 2**31
+) -> None:
     """x: bf16 or fp16 `[M, K]`, rows 16 bytes apart, K a multiple of 8 up to MAX_K -> at these addresses: codes int8
     `[M, K]`; rows fp32 `[M]`; flags uint8 `[K]`, 1 for columns with a magnitude of at least `threshold`, else 0.
-    Without an address (None or 0) no flags are written."""
+    Without an address (None or 0) no flags are written. most: where a row has more outliers, the word behind the flags
+    is 1, else 0, and its codes, scale and flags may be anything; the flags then have room for 16 more."""
     m, k = x.shape
     launcher = _row_launcher(x.device.index, m, k, x.dtype == torch.float16)
     if flags:
-        compiler.check(_memset()(flags, 0, k, stream), "clearing the flags of outlier columns")
+        size = k + 16 if most < 2**31 else k
+        compiler.check(_memset()(flags, 0, size, stream), "clearing the flags of outlier columns")
     bits = outlier_limit(threshold, x.dtype) if flags else 0xFFFF
     stride = x.stride(0) if m > 1 else k
     with launcher.lock:
-        _OF_ROWS.pack_into(launcher.memory, 0, x.data_ptr(), codes, rows, flags or 0, k, stride, bits)
+        _OF_ROWS.pack_into(launcher.memory, 0, x.data_ptr(), codes, rows, flags or 0, k, stride, bits, most)
         launcher.start((m, 1, 1), stream)
 
 
@@ -231,12 +254,16 @@ class _Plan(NamedTuple):
     launcher: compiler.Launcher
     grid: tuple[int, int, int]
     box_w: tuple[int, int]  # of W's codes; one byte a code
-    box_sub: tuple[int, int]  # of W in 16 bits
+    wide: linear_8bit_wide.Config  # for too many outlier columns
+    cut: Schedule
+    workers: int  # clusters that multiply in int8
     group: int
     gather: compiler.Launcher | None  # where outlier columns are put side by side
     gather_grid: tuple[int, int, int]
     rows_w: int
     start: int  # bytes of codes, flags and scales in the scratch memory
+    sums: int  # where the 16-bit product's unfinished sums begin, and what marks them
+    marks: int
     size: int  # all of it
 
 
@@ -245,27 +272,37 @@ def _plan(device: int, m: int, n: int, k: int, fp16: bool, marked: bool, config:
     processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
     config = config or choose_config(m, n, k, processors)
     # Blocks walk over tiles, but for those that split K: these have one each.
-    blocks = config.tiles(m, n) * config.split
+    room = _at_work(processors, config.blocks)
+    workers = config.tiles(m, n) // config.cluster
     if config.split == 1:
-        blocks = min(processors // config.cluster * config.cluster, blocks)
-    share = config.bn // config.cluster
-    # One allocation: codes [M, K], flags [K], row scales [M]; K is a multiple of 16, so each starts on such a boundary.
-    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY], which is
-    # W in 16 bits [N, K] where they are too many.
-    gathered = marked and m >= GATHER_TOKENS and n * k <= _MOST_WIDENED
+        workers = min(processors // config.cluster, workers)
+    wide = next(c for c in _WIDE if c.nt >= tokens_a_tile(m))
+    cut = schedule(room, m, n, k, wide.nt)
+    blocks = max(workers * config.cluster * config.split, 2 * cut.clusters)
+    # One allocation: codes [M, K], flags [K] and what else `quantize_rows` says, row scales [M]; K is a multiple of 16,
+    # so each starts on such a boundary.
+    # Then, where outlier columns are put side by side, those of x [M, _CAPACITY] and of W [N, _CAPACITY]. Then
+    # the 16-bit product's unfinished sums.
+    gathered = marked and m >= GATHER_TOKENS
     rows_w = min(32, max(2, n // 512))  # blocks enough to fill the GPU, and few of them idle
-    start = (m * k + k + 4 * m + 15) // 16 * 16
+    start = (m * k + k + 16 + 4 * m + 15) // 16 * 16
+    sums = start + ((m + n) * _CAPACITY * 2 if gathered else 0)
+    of_sums, marks = cut.workspace(wide.nt) if marked else (0, 0)
     return _Plan(
-        launcher=_load(device, config, fp16),
-        grid=(blocks, 1, 1),
-        box_w=(_BK, share),
-        box_sub=(_WIDE, share),
+        launcher=_load(device, config, wide, fp16),
+        grid=(-(-blocks // config.blocks) * config.blocks, 1, 1),
+        box_w=(_BK, config.bn // config.cluster),
+        wide=wide,
+        cut=cut,
+        workers=workers,
         group=config.group,
         gather=_load_gather(device, fp16) if gathered else None,
         gather_grid=(-(-m // _GATHER_ROWS) + -(-n // rows_w), 1, 1),
         rows_w=rows_w,
         start=start,
-        size=start + (m * _CAPACITY + n * max(_CAPACITY, k)) * 2 if gathered else start,
+        sums=sums,
+        marks=sums + marks,
+        size=sums + of_sums,
     )
 
 
@@ -295,28 +332,29 @@ def llm_int8(
     out = x.new_empty((*x.shape[:-1], n))
     scratch = torch.empty(plan.size, dtype=torch.uint8, device=x.device)
     codes, of_x, of_w = scratch.data_ptr(), inner.data_ptr(), weight.data_ptr()
-    rows = codes + m * k + k
+    rows = codes + m * k + k + 16
+    limit = min(limit, _CAPACITY)
     flags = codes + m * k if marked else 0
     stream = torch._C._cuda_getCurrentRawStream(device)
-    quantize_rows(inner, codes, rows, flags, threshold, stream)
+    quantize_rows(inner, codes, rows, flags, threshold, stream, limit)
     map_a = encode_cached(codes, UINT8, k, m, k, (_BK, _BM), 3)
     map_w = encode_cached(of_w, UINT8, k, n, k, plan.box_w, 3)
-    kind = half_kind(dtype)
-    map_x = encode_cached(of_x, kind, k, m, 2 * stride, (_WIDE, _BM), 3)
-    rest, sub, map_sub = 0, 0, map_w
+    wide_w, wide_x = linear_8bit_wide.tensor_maps(plan.wide, inner, stride, weight)
+    rest, sub = 0, 0
     if gather is not None:
-        rest, sub, limit = codes + plan.start, codes + plan.start + m * _CAPACITY * 2, _CAPACITY
-        map_sub = encode_cached(sub, kind, k, n, 2 * k, plan.box_sub, 3)
+        rest, sub = codes + plan.start, codes + plan.start + m * _CAPACITY * 2
         gathered = (of_x, codes, of_w, rows, flags, rest, sub, m, n, k, stride, plan.rows_w)
         with gather.lock:
             _OF_GATHER.pack_into(gather.memory, 0, *gathered)
             gather.start(plan.gather_grid, stream)
-    pointers = (0 if bias is None else bias.data_ptr(), flags, rest, sub, out.data_ptr())
-    sizes = (m, n, k, stride, k, plan.group, min(limit, _CAPACITY))
+    bias_at, workspace, marks = 0 if bias is None else bias.data_ptr(), codes + plan.sums, codes + plan.marks
+    pointers = (bias_at, flags, rest, sub, out.data_ptr(), workspace, marks, next(launches))
+    sizes = (m, n, k, stride, k, plan.group, limit)
+    shares = (plan.workers, 2 * plan.cut.clusters, plan.cut.shared_tiles)
     with launcher.lock:
-        for i, tensor_map in enumerate((map_a, map_w, map_x, map_sub)):
+        for i, tensor_map in enumerate((map_a, map_w, wide_w, wide_x)):
             launcher.pointers[i] = ctypes.addressof(tensor_map)
-        values = (of_x, codes, of_w, rows, absmax.data_ptr(), *pointers, *sizes)
+        values = (of_x, codes, of_w, rows, absmax.data_ptr(), *pointers, *sizes, *shares)
         _POINTERS_AND_SIZES.pack_into(launcher.memory, _FIRST_POINTER, *values)
         launcher.start(plan.grid, stream)
     return out

@@ -4,6 +4,9 @@
 // threshold stay out of the row's scale, get code 0, and set the flag of their column.
 // The codes are those of kbit.formats.blocks.int8_codes to the bit.
 //
+// A row with more than `most` outliers decides that LLM.int8() multiplies all columns in 16 bits: the word behind the flags says so, and
+// codes, scale and flags of such a row are left out, which nobody reads then.
+//
 // `limit`: bits of the least 16-bit magnitude that is an outlier; 0xffff: no outliers. As integers, magnitudes
 // are in the order of the values, and NaN is above infinity: a maximum of them keeps NaN, as torch's does.
 //
@@ -23,10 +26,13 @@ __device__ __forceinline__ u32 four_codes(u32 a, u32 b, float inverse) {
   return __byte_perm(low, high, 0x5410);
 }
 
+// Four bits, one a byte.
+__device__ __forceinline__ u32 spread(u32 bits) { return (bits & 15) * 0x00204081u & 0x01010101u; }
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_rows(const u16* __restrict__ x, u8* __restrict__ codes, float* __restrict__ rows, u8* __restrict__ flags, int K,
-              int stride_x, u32 limit) {
-  __shared__ u32 tops[THREADS / 32];
+              int stride_x, u32 limit, u32 most) {
+  __shared__ u32 tops[THREADS / 32], counts[THREADS / 32];
   const int thread = threadIdx.x, pieces = K / 8;
   const size_t row = blockIdx.x;
   wait_for_previous_kernel();
@@ -38,38 +44,56 @@ quantize_rows(const u16* __restrict__ x, u8* __restrict__ codes, float* __restri
     raw[v] = at < pieces ? from[at] : make_uint4(0, 0, 0, 0);
   }
   u32 top = 0;  // two maxima, of even and odd elements
+  u32 marked[VECTORS], count = 0;  // a bit an outlier
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
     u32 word[4] = {raw[v].x, raw[v].y, raw[v].z, raw[v].w};
-    u32 most = 0;
+    u32 largest = 0;
+    marked[v] = 0;
 #pragma unroll
-    for (int j = 0; j < 4; j++) most = __vmaxu2(most, word[j] & 0x7fff7fffu);
-    if (max(most >> 16, most & 0xffff) >= (limit & 0xffff)) {  // few threads come here
-      most = 0;
+    for (int j = 0; j < 4; j++) largest = __vmaxu2(largest, word[j] & 0x7fff7fffu);
+    if (max(largest >> 16, largest & 0xffff) >= (limit & 0xffff)) {  // few threads come here
+      largest = 0;
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         const int shift = (j & 1) * 16;
         const u32 bits = word[j >> 1] >> shift & 0x7fff;
         if (bits >= (limit & 0xffff) && bits <= INFINITE) {
           word[j >> 1] &= ~(0xffffu << shift);  // an outlier counts as zero from here on
-          // A flag that is set is left alone: thousands of rows share a few columns, and writes to one address queue up
-          // (plain stores far more than reductions in L2).
-          u32* const flag = (u32*)(flags + (v * THREADS + thread) * 8 + (j & 4));
-          const u32 bit = 1u << 8 * (j & 3);
-          if (!(__ldcg(flag) & bit)) asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(flag), "r"(bit) : "memory");
+          marked[v] |= 1u << j;
         }
       }
+      count += __popc(marked[v]);
 #pragma unroll
-      for (int j = 0; j < 4; j++) most = __vmaxu2(most, word[j] & 0x7fff7fffu);
+      for (int j = 0; j < 4; j++) largest = __vmaxu2(largest, word[j] & 0x7fff7fffu);
       raw[v] = make_uint4(word[0], word[1], word[2], word[3]);
     }
-    top = __vmaxu2(top, most);
+    top = __vmaxu2(top, largest);
   }
   top = __reduce_max_sync(~0u, max(top >> 16, top & 0xffff));
-  if ((thread & 31) == 0) tops[thread >> 5] = top;
+  const u32 of_warp = __reduce_add_sync(~0u, count);
+  if ((thread & 31) == 0) tops[thread >> 5] = top, counts[thread >> 5] = of_warp;
   __syncthreads();
+  u32 outliers = 0;
 #pragma unroll
-  for (int w = 0; w < THREADS / 32; w++) top = max(top, tops[w]);
+  for (int w = 0; w < THREADS / 32; w++) top = max(top, tops[w]), outliers += counts[w];
+  if (outliers > most) {
+    if (thread == 0 && !__ldcg((const u32*)(flags + K))) *(volatile u32*)(flags + K) = 1;
+    return;
+  }
+  if (count) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+      if (!marked[v]) continue;
+      // A flag that is set is left alone: thousands of rows share a few columns, and writes to one address queue up
+      // (plain stores far more than reductions in L2).
+      u32* const flag = (u32*)(flags + (v * THREADS + thread) * 8);
+      const uint2 before = __ldcg((const uint2*)flag);
+      const u32 low = spread(marked[v]), high = spread(marked[v] >> 4);
+      if (low & ~before.x) asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(flag), "r"(low) : "memory");
+      if (high & ~before.y) asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(flag + 1), "r"(high) : "memory");
+    }
+  }
   const float absmax = low_float(top);
   if (thread == 0) rows[row] = absmax;
   uint2* const to = (uint2*)(codes + row * K);

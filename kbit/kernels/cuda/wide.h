@@ -1,38 +1,43 @@
-// Products of more than 128 tokens with a 4-bit weight on Hopper, where the tensor cores set the time.
+// Products of more than 128 tokens with a 4-bit weight on Hopper, and of more than 64 with an int8 one whose inputs stay in 16 bits,
+// where the tensor cores set the time.
 //
-//   out[M, N] = x[M, K] W[N, K]^T + bias, W in NF4 or FP4 (row layout, blocks of 64 and up), x in bf16 or fp16
+//   out[M, N] = x[M, K] W[N, K]^T + bias, W in NF4 or FP4 (row layout, blocks of 64 and up) or in int8 by rows, x in bf16 or fp16
 //
 // Computed as W x^T, decoded in registers as in linear_4bit.cu: the left operand of the tensor cores never passes through shared
 // memory, whose bandwidth (one wgmma of 64 x NT x 16 reads NT x 32 bytes) is what runs out first. Two warpgroups have 64 features by NT
-// tokens each; of a third one, one warp fetches codes and inputs with the bulk tensor copy engine, and three decode the scales, in turns.
+// tokens each; of a third one, one warp fetches codes and inputs with the bulk tensor copy engine, and three decode the scales of 4-bit
+// blocks, in turns. An int8 code is exact in 16 bits; the scale of its row is applied to the sum.
 // A pair of thread blocks (a cluster) works on 256 features and the same tokens; each fetches half of the inputs for both, so that L2
 // sends them once.
 //
 // Thread blocks persist; tiles that do not fill whole waves are cut along K into equal shares (stream_k.h).
 //
-// Compile-time settings: FP16, NT (a multiple of 32), STAGES, NESTED (double-quantized scales; then DYNAMIC_MAP, their 256 levels), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
+// Compile-time settings: BITS (4 or 8), FP16, NT (a multiple of 32), WIDE_STAGES; of 4 bits NESTED (double-quantized scales; then DYNAMIC_MAP, their
+// 256 levels), and CODEBOOK, the 16 values in 16 bits. wgmma.h is generated for NT.
 
-#include "hopper.h"
 #include "stream_k.h"
 #include "wgmma.h"
+
+namespace wide {
 
 constexpr int THREADS = 384, SCALE_WARPS = 3;
 constexpr int TILE = 256;                    // features a cluster; each of its thread blocks has half
 constexpr int X_BYTES = NT * 128;            // 64 of K
-constexpr int C_BYTES = 128 * 32;
-constexpr int S_BYTES = 128 * 4;             // a scale in 16 bits, twice
-constexpr int C_OFFSET = STAGES * X_BYTES;
-constexpr int LUT_OFFSET = C_OFFSET + STAGES * C_BYTES;
-constexpr int S_OFFSET = LUT_OFFSET + 65536;
-constexpr int OUT_OFFSET = S_OFFSET + STAGES * S_BYTES;  // 16 tokens of 64 features, twice, for both groups
+constexpr int C_BYTES = 128 * 8 * BITS;
+constexpr int S_BYTES = BITS == 4 ? 128 * 4 : 0;  // a scale in 16 bits, twice
+constexpr int C_OFFSET = WIDE_STAGES * X_BYTES;
+constexpr int LUT_OFFSET = C_OFFSET + WIDE_STAGES * C_BYTES;
+constexpr int S_OFFSET = LUT_OFFSET + (BITS == 4 ? 65536 : 0);
+constexpr int OUT_OFFSET = S_OFFSET + WIDE_STAGES * S_BYTES;  // 16 tokens of 64 features, twice, for both groups
 constexpr int MAP_OFFSET = OUT_OFFSET + 8192;
-constexpr int BAR_OFFSET = MAP_OFFSET + 1024;
+constexpr int BAR_OFFSET = MAP_OFFSET + (BITS == 4 ? 1024 : 0);
 constexpr int ACC = NT / 2;                  // accumulators a thread
 
 template <int V> struct Int { static constexpr int value = V; };
 
 static_assert(NT % 32 == 0, "two buffers of 16 tokens take turns");
 
+#if BITS == 4
 // The pair of one byte of a word. `select` moves that byte to bits 8-15 above the lane's own 4 * lane, which is the
 // address within the table: its entries are 256 bytes apart for this one instruction's sake.
 __device__ __forceinline__ u32 byte_pair(u32 word, u32 lane4, u32 select, u32 table) {
@@ -45,6 +50,7 @@ __device__ __forceinline__ u32 byte_pair(u32 word, u32 lane4, u32 select, u32 ta
 #if NESTED
 __device__ const float dynamic_map[256] = {DYNAMIC_MAP};
 #endif
+#endif
 
 // Where a tile lies. Tiles that run at one time are 4 of tokens by many of features, whatever M is: then inputs come from L2 again and
 // again, and what is read from memory more than once is 4-bit codes.
@@ -56,34 +62,37 @@ struct Place {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(2, 1, 1)
-linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap map_x, const void* __restrict__ absmax,
-                 const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
-                 u16* __restrict__ out, float4* workspace, u64* flags, u64 launch, int M, int N, int K, int block_shift, int shared_tiles) {
-  extern __shared__ u8 raw_shared[];
-  const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;
-  const u32 full = base + BAR_OFFSET, empty = full + 8 * STAGES;
+// All threads of the thread blocks that have a share of the product, pairs of neighbours in clusters of BLOCKS; `blocks` of them. base: of
+// their shared memory, on a boundary of 1024 bytes. WAIT: for the kernel before this one.
+template <int BLOCKS, bool WAIT>
+__device__ __forceinline__ void multiply(u32 base, const TensorMap& map_w, const TensorMap& map_x, int block, int blocks, const void* __restrict__ absmax,
+            const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
+            u16* __restrict__ out, float4* workspace, u64* flags, u64 launch, int M, int N, int K, int block_shift, int shared_tiles) {
+  const u32 full = base + BAR_OFFSET, empty = full + 8 * WIDE_STAGES;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
-  const u32 rank = cluster_rank();
+  const u32 in_cluster = cluster_rank(), rank = BLOCKS > 2 ? in_cluster & 1 : in_cluster, first = BLOCKS > 2 ? in_cluster & ~1u : 0;
   const int token_tiles = (M + NT - 1) / NT, feature_tiles = (N + TILE - 1) / TILE, tiles = feature_tiles * token_tiles;
-  const int cluster = blockIdx.x >> 1, clusters = gridDim.x >> 1;
-  Work work(cluster, clusters, tiles, shared_tiles, K / 64);
+  const int pair = block >> 1;
+  Work work(pair, blocks >> 1, tiles, shared_tiles, BITS == 4 ? K / 64 : (K + 63) / 64);  // the copy engine fills what lies beyond K with zeros
 
   // Each role prepares what it needs by itself, so that the first copies start at once.
   if (thread == THREADS - 128) {
     // Full: the copies' thread and a warp of scales. Empty: all warps that multiply, of both thread blocks, since both write to it.
-    for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 2), barrier_init(empty + 8 * s, 16);
+    for (int s = 0; s < WIDE_STAGES; s++) barrier_init(full + 8 * s, BITS == 4 ? 2 : 1), barrier_init(empty + 8 * s, 16);
     barriers_are_ready();
   }
   __syncwarp();
   cluster_arrive();
+  auto wait_for_others = [&]() {
+    cluster_wait();
+    if (WAIT) wait_for_previous_kernel();
+  };
 
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    Ring<STAGES> ring;
+    Ring<WIDE_STAGES> ring;
     if (warp == 8) {
-      cluster_wait();
-      wait_for_previous_kernel();
+      wait_for_others();
       if (lane == 0)
         while (work.advance()) {
           const Place place(work.tile, feature_tiles, token_tiles);
@@ -92,19 +101,20 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
             const u32 bar = full + 8 * ring.slot;
             barrier_wait(empty + 8 * ring.slot, ring.phase ^ 1);
             barrier_expect(bar, X_BYTES + C_BYTES);
-            copy_tile(base + C_OFFSET + ring.slot * C_BYTES, &map_w, step * 32, feature0, bar);
-            copy_tile_to<2>(base + ring.slot * X_BYTES + rank * (X_BYTES / 2), &map_x, step * 64, token0, bar);
+            copy_tile(base + C_OFFSET + ring.slot * C_BYTES, &map_w, step * 8 * BITS, feature0, bar);
+            copy_tile_to<2>(base + ring.slot * X_BYTES + rank * (X_BYTES / 2), &map_x, step * 64, token0, bar, first);
             ring.advance();
           }
         }
-    } else {
+    }
+#if BITS == 4
+    else {
 #if NESTED
       for (int i = thread - (THREADS - 96); i < 256; i += 96)
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + MAP_OFFSET + i * 4), "f"(dynamic_map[i]) : "memory");
       sync_some<3, 96>();
 #endif
-      cluster_wait();
-      wait_for_previous_kernel();
+      wait_for_others();
       const float shift = NESTED ? *offset : 0.f;
       const u8* const scale_codes = (const u8*)absmax;
       const float* const scales = (const float*)absmax;
@@ -153,10 +163,12 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
         }
       }
     }
+#endif
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = warp >> 2, in_group = thread & 127, t = lane & 3;
     const int row = warp * 16 + (lane >> 2);  // this lane's features: row and row + 8
+#if BITS == 4
     const u32 chunk0 = base + C_OFFSET + row * 32 + ((row >> 2 & 1) << 4), chunk1 = base + C_OFFSET + row * 32 + ((~row >> 2 & 1) << 4);
     const u32 table = base + LUT_OFFSET, lane4 = lane * 4, select = 0x5504u | t << 4;
     // The table: entry e has 32 copies of codebook[e >> 4] (the even element is the high nibble) and codebook[e & 15]. Picked among
@@ -172,15 +184,17 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
       store16(table + ((thread >> 3) + 32 * i) * 256 + (thread & 7) * 16, pair, pair, pair, pair);
     }
     sync_some<4, 256>();
-    cluster_wait();
-    wait_for_previous_kernel();
+#else
+    const u32 codes = base + C_OFFSET + row * 64 + 2 * t;
+#endif
+    wait_for_others();
 
     float acc[ACC];
     u32 a[2][16];
-    Ring<STAGES> ring;
+    Ring<WIDE_STAGES> ring;
     auto release = [&](int slot) {
       __syncwarp();
-      if (lane < 2) barrier_arrive_at(empty + 8 * slot, lane);
+      if (lane < 2) barrier_arrive_at(empty + 8 * slot, first + lane);
     };
     auto group_sync = [&]() {
       if (group) sync_some<2, 128>();
@@ -192,13 +206,23 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
       constexpr int P = decltype(parity)::value;
       const int slot = ring.slot;
       barrier_wait(full + 8 * slot, ring.phase);
+#if BITS == 4
       const uint4 q0 = load_shared16(chunk0 + slot * C_BYTES), q1 = load_shared16(chunk1 + slot * C_BYTES);
       const uint4 q2 = load_shared16(chunk0 + slot * C_BYTES + 256), q3 = load_shared16(chunk1 + slot * C_BYTES + 256);
       const u32 scales = base + S_OFFSET + slot * S_BYTES + row * 4, h0 = load_shared(scales), h1 = load_shared(scales + 32);
+#else
+      u32 pair[16];  // the 16-byte pieces of a row are swizzled by pairs of rows: eight rows' lie in different banks
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const u32 at = codes + slot * C_BYTES + (((i >> 1) ^ (row >> 1 & 3)) << 4) + 8 * (i & 1);
+        pair[2 * i] = load_pair(at), pair[2 * i + 1] = load_pair(at + 8 * 64);
+      }
+#endif
       if (step > 1) {  // the registers of two steps before are free
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         release(before);
       }
+#if BITS == 4
       const u32 top[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
       const u32 low[8] = {q2.x, q2.y, q2.z, q2.w, q3.x, q3.y, q3.z, q3.w};
 #pragma unroll
@@ -206,6 +230,10 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
         a[P][2 * i] = times(byte_pair(top[i], lane4, select, table), h0);
         a[P][2 * i + 1] = times(byte_pair(low[i], lane4, select, table), h1);
       }
+#else
+#pragma unroll
+      for (int i = 0; i < 16; i++) a[P][i] = widen_codes<0x4140>(pair[i]);
+#endif
       // 128-byte swizzled K-major x: 8 tokens are 1024 bytes; 16 elements further in K are 32 bytes further.
       const u32 x = base + slot * X_BYTES;
       const u64 descriptor = (u64)((x & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
@@ -230,15 +258,21 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
       release(last);
 
       if (!work.ends_tile()) {
-        leave_sums(acc, workspace, flags, launch, blockIdx.x * 2 + group, in_group, group_sync);
+        leave_sums(acc, workspace, flags, launch, block * 2 + group, in_group, group_sync);
         continue;
       }
-      if (work.begin > 0) add_sums(acc, work, cluster, workspace, flags, launch, rank * 2 + group, in_group, group_sync);
+      if (work.begin > 0) add_sums(acc, work, pair, workspace, flags, launch, rank * 2 + group, in_group, group_sync);
       // A warp has 16 features by NT tokens; the output wants features side by side. The four warps of a group put 16 tokens of their 64
       // features into shared memory and write whole lines.
       const Place place(work.tile, feature_tiles, token_tiles);
       const int token0 = place.token0, feature0 = place.feature0 + rank * 128;
       float bias0 = 0.f, bias1 = 0.f;
+#if BITS == 8
+      const float scale0 = ((const float*)absmax)[min(feature0 + row, N - 1)] * 0.007874015748031496f;
+      const float scale1 = ((const float*)absmax)[min(feature0 + row + 8, N - 1)] * 0.007874015748031496f;
+#pragma unroll
+      for (int i = 0; i < ACC; i++) acc[i] = __fmul_rn(acc[i], i & 2 ? scale1 : scale0);
+#endif
       if (bias) {
         const int f = feature0 + row;
         if (f < N) bias0 = from_half(bias[f]);
@@ -275,3 +309,5 @@ linear_4bit_wide(const __grid_constant__ TensorMap map_w, const __grid_constant_
   }
   cluster_sync();  // nobody leaves while the other one may still write to it
 }
+
+}  // namespace wide
