@@ -15,6 +15,18 @@ _FORMATS_BY_BITS = {4: ("nf4", "fp4"), 8: ("int8",)}
 RUN_TIME_SETTINGS = ("compute_dtype", "outlier_threshold", "int8_activations")
 
 
+# What BitsAndBytesConfig calls these settings.
+_NAMES_ELSEWHERE = {
+    "load_in_4bit": "bits=4",
+    "load_in_8bit": "bits=8",
+    "bnb_4bit_quant_type": "format",
+    "bnb_4bit_use_double_quant": "double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+    "llm_int8_threshold": "outlier_threshold",
+    "llm_int8_skip_modules": "skip_modules",
+}
+
+
 def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     """torch.bfloat16, "bfloat16" or "torch.bfloat16" -> torch.bfloat16; None stays None. ValueError otherwise."""
     if value is None or isinstance(value, torch.dtype):
@@ -76,6 +88,10 @@ class KbitConfig:
         """Note which settings were spelled out: see `asked`."""
         config = super().__new__(cls)
         names = [field.name for field in dataclasses.fields(KbitConfig)]
+        if unknown := sorted(kwargs.keys() - set(names)):
+            name = unknown[0]
+            meant = f"use {_NAMES_ELSEWHERE[name]}" if name in _NAMES_ELSEWHERE else f"known: {', '.join(names)}"
+            raise TypeError(f"KbitConfig has no setting {name!r}; {meant}")
         config._spelled_out = frozenset([*names[: len(args)], *kwargs])
         return config
 

@@ -1,7 +1,7 @@
 """bitsandbytes' checkpoint layout: which keys store a quantized weight, and what the bytes of each mean.
 
 4-bit, for a weight called W (`model.layers.0.self_attn.q_proj.weight`), shape `[N, K]` of n elements in B blocks:
-    W                                   uint8 `[(n + 1) // 2, 1]`, or the same bytes as bf16, fp16 or fp32
+    W                                   uint8 `[(n + 1) // 2, 1]`, or the same bytes as int8, bf16, fp16, fp32 or fp64
     W.absmax                            fp32 `[B]`; uint8 `[B]` when nested (double-quantized)
     W.quant_map                         fp32 `[16]`, the codebook
     W.nested_absmax, W.nested_quant_map fp32 `[ceil(B / 256)]` and `[256]`; nested only
@@ -32,7 +32,7 @@ from kbit.formats.tensor import QuantizedTensor
 
 BLOB_PREFIX = "quant_state.bitsandbytes__"
 WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Layouts of the int8 codes that old versions wrote, by the value of `weight_format`.
 INT8_LAYOUTS = {0: "row", 1: "col32", 2: "col_turing", 3: "col_ampere"}
 _MAX_BLOB = 4096

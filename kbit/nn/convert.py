@@ -61,6 +61,15 @@ def quantize_model(model: nn.Module, config: KbitConfig | None = None) -> nn.Mod
     fused = select_experts(model, config)
     for name, (module, projection) in fused.items():
         check_quantizable(module._parameters[projection], f"tensor {name!r}")  # type: ignore[arg-type]
+    if not selected and not fused:
+        already = any(isinstance(module, QuantizedModule) for module in model.modules())
+        why = "its layers are quantized already; kbit.dequantize_model comes before another format"
+        logger.warning(
+            "nothing in this %s was quantized: %s",
+            *(type(model).__name__, why if already else "it has no linear layers but those that are skipped"),
+        )
+        if already:
+            return model
     _warn_of_compute_dtype(selected, config)
 
     leaders = _leaders(model, selected)

@@ -76,6 +76,13 @@ def test_dict_round_trip_is_json():
     assert KbitConfig.from_dict({}) == KbitConfig()
 
 
+def test_settings_under_other_names():
+    with pytest.raises(TypeError, match="KbitConfig has no setting 'load_in_4bit'; use bits=4"):
+        KbitConfig(load_in_4bit=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="no setting 'group_size'; known: bits, format, block_size"):
+        KbitConfig(bits=4, group_size=128)  # type: ignore[call-arg]
+
+
 def test_what_was_asked():
     assert KbitConfig().asked == KbitConfig(format=None).asked == frozenset()
     config = KbitConfig(8, "int8", outlier_threshold=6.0)

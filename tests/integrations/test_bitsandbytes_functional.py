@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from kbit.checkpoint import bnb
 from kbit.integrations.bitsandbytes import blockwise, codes, int8
 from kbit.integrations.bitsandbytes.identity import absent_names
 from kbit.integrations.bitsandbytes.matmul import matmul_4bit
@@ -104,7 +105,7 @@ def test_4bit_equals_bitsandbytes(quant_type: str, dtype: torch.dtype, shape: tu
         assert torch.equal(decoded, F.dequantize_4bit(expected, expected_state).view(shape))
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("storage", bnb.STORAGE_DTYPES, ids=str)
 def test_storage_holds_the_same_bytes(storage: torch.dtype) -> None:
     x = torch.randn(16, 128)
     packed, state = blockwise.quantize_4bit(x, quant_type="nf4", quant_storage=storage)

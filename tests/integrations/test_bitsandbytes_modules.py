@@ -129,7 +129,12 @@ def test_casts_leave_codes_and_scales_alone(make) -> None:  # type: ignore[no-un
     assert all(torch.equal(after[k], v) and after[k].dtype == v.dtype for k, v in before.items())
 
 
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_type_that_does_not_exist_is_refused_when_the_layer_is_made() -> None:
+    with pytest.raises(ValueError, match="quant_type must be 'nf4' or 'fp4', got 'int4'"):
+        Linear4bit(64, 16, quant_type="int4")
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_bytes_that_look_like_nan_survive_in_float_storage(storage: torch.dtype) -> None:
     """#1945: codes stored as floats were cast, which makes every NaN pattern the same NaN."""
     w = torch.ones(16, 64)  # code 15 everywhere: bytes 0xFF are NaN in each of these dtypes

@@ -12,7 +12,7 @@ from torch import nn
 import kbit
 from kbit.nn import convert
 from kbit.nn.base import QuantizedModule
-from tests.nn.helpers import LABELS, bits_of, config, fmt, same
+from tests.nn.helpers import LABELS, bits_of, codes_of, config, fmt, same
 
 
 class Block(nn.Module):
@@ -412,3 +412,15 @@ def test_routers_stay_and_embedding_subclasses_are_named(caplog: pytest.LogCaptu
     assert [r.getMessage() for r in caplog.records].count(
         "embed is a Scaled, not a plain nn.Embedding, and is not quantized"
     ) == 1
+
+
+def test_nothing_to_quantize_is_said(caplog):
+    model = kbit.quantize_model(nn.Sequential(nn.Linear(64, 8)), kbit.KbitConfig(bits=4))
+    assert not caplog.text
+    before = codes_of(model[0])
+    kbit.quantize_model(model, kbit.KbitConfig(bits=8))
+    assert "nothing in this Sequential was quantized: its layers are quantized already" in caplog.text
+    assert type(model[0]) is kbit.Linear4bit and codes_of(model[0]) == before
+    caplog.clear()
+    kbit.quantize_model(nn.Sequential(nn.ReLU()))
+    assert "no linear layers but those that are skipped" in caplog.text

@@ -42,7 +42,8 @@ def quantize_4bit(
     blocksize = 64 if blocksize is None else blocksize
     _check_4bit(blocksize, quant_type, A.dtype, "quantization")
     if quant_storage not in STORAGE_DTYPES:
-        raise ValueError(f"quant_storage must be uint8, bfloat16, float16 or float32, got {quant_storage}")
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES)
+        raise ValueError(f"quant_storage must be one of {known}, got {quant_storage}")
     codes, scales = _ops.quantize_4bit(A, quant_type, blocksize)
     if codes.numel() % quant_storage.itemsize:
         raise ValueError(

@@ -93,6 +93,8 @@ class Params4bit(_MovedByName):
         bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> Params4bit:
+        if quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
         self = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
         self.blocksize = 64 if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
