@@ -2,7 +2,8 @@
 
 For each algorithm: `X` (bits as `optim_bits` says), `X32bit`, `X8bit`, and where large states matter `PagedX`,
 `PagedX32bit`, `PagedX8bit`. Beyond bitsandbytes every class takes `max_unorm`, `skip_zeros`, `stochastic_rounding`,
-`kahan` by keyword (see KbitOptimizer). The results are torch.optim's where it has the algorithm, else the paper's.
+`kahan` by keyword. What is common to all is described once, in KbitOptimizer. The results are torch.optim's where it
+has the algorithm, else the paper's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ def _no_amsgrad(name: str, amsgrad: bool) -> None:
 
 
 class Adam(KbitOptimizer):
-    """Adam (Kingma & Ba 2014, arXiv 1412.6980). weight_decay is added to the gradient, as in torch.optim.Adam."""
+    """Adam (Kingma & Ba 2014, arXiv 1412.6980), as torch.optim.Adam.
+
+    params: parameters, named parameters or groups. lr: a float, or a tensor of one element.
+    betas: decay of the averages of gradients and of their squares, in [0, 1); a string "(0.9, 0.999)" is read too.
+    eps: added to the root of the average of squares.
+    weight_decay: added to the gradient, times the parameter.
+    amsgrad: only False; True raises ValueError.
+    optim_bits, args, min_8bit_size, is_paged, options: as in KbitOptimizer.
+
+    States: `exp_avg` (signed), `exp_avg_sq` (not negative), each in 8 or 32 bits, and `step`.
+    """
 
     algorithm = "adam"
 
@@ -51,7 +62,12 @@ class Adam(KbitOptimizer):
 
 
 class AdamW(Adam):
-    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101): the parameter decays by lr * weight_decay, then moves."""
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101), as torch.optim.AdamW.
+
+    weight_decay: the parameter is multiplied by 1 - lr * weight_decay, then moves.
+
+    Other arguments and the states are Adam's.
+    """
 
     algorithm = "adamw"
 
@@ -77,8 +93,13 @@ class AdamW(Adam):
 class AdEMAMix(KbitOptimizer):
     """AdEMAMix (Pagliardini et al. 2024, arXiv 2409.03137): Adam with a second, slow average of gradients.
 
-    betas: fast average, second moment, slow average. alpha: weight of the slow average. t_alpha, t_beta3: steps over
-    which alpha and the slow beta warm up, None for no warm-up. Decay is decoupled.
+    betas: decay of the fast average, of the average of squares and of the slow average, in [0, 1).
+    alpha: weight of the slow average. t_alpha, t_beta3: steps over which alpha and the slow beta warm up, None for no
+    warm-up.
+    weight_decay: decoupled, as in AdamW.
+    lr, eps, optim_bits, min_8bit_size, is_paged, options: as in Adam.
+
+    States: `exp_avg`, `exp_avg_slow` (signed), `exp_avg_sq` (not negative), and `step`.
     """
 
     algorithm = "ademamix"
@@ -113,7 +134,14 @@ class AdEMAMix(KbitOptimizer):
 
 
 class Lion(KbitOptimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of an interpolated momentum. Decay is decoupled."""
+    """Lion (Chen et al. 2023, arXiv 2302.06675): every element moves by lr, along the sign of a momentum.
+
+    betas: weight of the momentum in that sign, and its decay, in [0, 1).
+    weight_decay: decoupled, as in AdamW.
+    lr, optim_bits, args, min_8bit_size, is_paged, options: as in Adam.
+
+    States: `exp_avg` (signed), and `step`.
+    """
 
     algorithm = "lion"
 
@@ -142,7 +170,15 @@ class Lion(KbitOptimizer):
 
 
 class SGD(KbitOptimizer):
-    """Stochastic gradient descent with momentum, as torch.optim.SGD."""
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, ICML), as torch.optim.SGD.
+
+    momentum: weight of the sum of past gradients; 0 for none. dampening: 1 minus the weight of a new gradient in it.
+    nesterov: look one step ahead; needs a momentum and no dampening.
+    weight_decay: added to the gradient, times the parameter.
+    lr, optim_bits, args, min_8bit_size, options: as in Adam.
+
+    States: `momentum_buffer` (signed) where momentum is not 0, and `step`.
+    """
 
     algorithm = "sgd"
 
@@ -172,8 +208,10 @@ class SGD(KbitOptimizer):
 class LARS(SGD):
     """LARS (You et al. 2017, arXiv 1708.03888): SGD on gradients scaled by |p| / |g| for each parameter.
 
-    max_unorm is the paper's trust coefficient: the gradient with decay, g + weight_decay * p, is multiplied by
-    max_unorm * |p| / (|g| + weight_decay * |p|) before it enters the momentum. 0 turns the scaling off.
+    max_unorm: the paper's trust coefficient. The gradient with decay, g + weight_decay * p, is multiplied by
+        max_unorm * |p| / (|g| + weight_decay * |p|) before it enters the momentum. 0 turns the scaling off.
+
+    Other arguments and the states are SGD's.
     """
 
     algorithm = "lars"
@@ -208,7 +246,16 @@ class LARS(SGD):
 
 
 class RMSprop(KbitOptimizer):
-    """RMSprop, as torch.optim.RMSprop, momentum and centered included."""
+    """RMSprop (Hinton 2012, lecture 6e of "Neural Networks for Machine Learning"), as torch.optim.RMSprop.
+
+    alpha: decay of the average of squares, in [0, 1). eps: added to its root.
+    momentum: weight of past updates; 0 for none. centered: divide by the deviation instead of the root of the squares.
+    weight_decay: added to the gradient, times the parameter.
+    lr, optim_bits, args, min_8bit_size, options: as in Adam.
+
+    States: `square_avg` (not negative), `momentum_buffer` (signed) with momentum, `grad_avg` (signed) where centered,
+    and `step`.
+    """
 
     algorithm = "rmsprop"
 
@@ -238,7 +285,15 @@ class RMSprop(KbitOptimizer):
 
 
 class Adagrad(KbitOptimizer):
-    """Adagrad (Duchi et al. 2011), as torch.optim.Adagrad, lr_decay and initial_accumulator_value included."""
+    """Adagrad (Duchi et al. 2011, JMLR 12), as torch.optim.Adagrad.
+
+    lr_decay: the rate of step t is lr / (1 + (t - 1) * lr_decay).
+    initial_accumulator_value: what the sum of squares starts from. eps: added to its root.
+    weight_decay: added to the gradient, times the parameter.
+    lr, optim_bits, args, min_8bit_size, options: as in Adam.
+
+    States: `sum` (not negative), and `step`.
+    """
 
     algorithm = "adagrad"
 
@@ -268,9 +323,13 @@ class Adagrad(KbitOptimizer):
 class LAMB(KbitOptimizer):
     """LAMB (You et al. 2019, arXiv 1904.00962): Adam's update, decay included, rescaled to the parameter's norm.
 
-    The step is lr * (|p| / |u|) * u with u = m / (sqrt(v) + eps) + weight_decay * p. max_unorm below 1 makes it
-    smaller by that factor; from 1 up, and at 0, it is the paper's. adam_w_mode=False adds decay to the gradient
-    instead. bias_correction=False leaves the averages uncorrected.
+    The step is lr * (|p| / |u|) * u with u = m / (sqrt(v) + eps) + weight_decay * p.
+
+    max_unorm: below 1 it makes the step smaller by that factor; from 1 up, and at 0, the step is the paper's.
+    adam_w_mode: False adds decay to the gradient instead.
+    bias_correction: False leaves the averages uncorrected.
+
+    Other arguments and the states are Adam's.
     """
 
     algorithm = "lamb"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,7 @@ def load_state(
     for number, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         names = group.get("param_names") or [None] * len(group["params"])
         for p, key, name in zip(group["params"], saved["params"], names, strict=True):
-            if key in places:
+            if key in places and places[key][0] is not p:
                 raise ValueError(f"parameter group {number} of the loaded state dict lists parameter {key!r} again")
             places[key] = (p, group, f"parameter {key!r}{f' ({name})' if name else ''} of group {number}")
     loaded: dict[Tensor, dict[str, Any]] = {}
@@ -112,8 +113,8 @@ def _step_count(values: Mapping[str, Any], p: Tensor, where: str) -> Tensor:
         raise ValueError(f"state of {where} has no 'step'")
     step = values["step"]
     count = math.nan
-    if isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1):
-        count = float(sharding.local(step) if isinstance(step, Tensor) else step)
+    if isinstance(step, Real) or (isinstance(step, Tensor) and step.numel() == 1):
+        count = float(sharding.local(step)) if isinstance(step, Tensor) else float(step)
     if not (count >= 0 and count.is_integer()):
         raise ValueError(f"state 'step' of {where} is {step!r}: it must be a whole number of steps, 0 or more")
     return torch.tensor(count, dtype=torch.float32, device=p.device)

@@ -3,8 +3,7 @@
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
 (kellerjordan.github.io/posts/muon); the learning-rate match to AdamW is Liu et al. 2025, "Muon is Scalable for LLM
 Training" (arXiv 2502.16982). Settings and results are torch.optim.Muon's. Muon is for the weight matrices of hidden
-layers; a group with `use_muon=False`
-(embeddings, heads, norms, biases) gets AdamW with `betas` and `adamw_eps`.
+layers; a group with `use_muon=False` (embeddings, heads, norms, biases) gets AdamW with `betas` and `adamw_eps`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,20 @@ _RULE = Rule(SGD, DECOUPLED, NO_NORM, MOMENTUM, (StateSpec("momentum_buffer", Tr
 
 
 class Muon(KbitOptimizer):
-    """Muon; optim_bits chooses the bits of its states (one momentum, half of Adam's two).
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as torch.optim.Muon: the update of a matrix is its
+    momentum, made nearly orthogonal.
 
-    momentum, nesterov: of the average of gradients. ns_coefficients, ns_steps, eps: of the Newton-Schulz iteration.
+    momentum: decay of the average of gradients, in [0, 1). nesterov: mix the new gradient in once more.
+    ns_coefficients, ns_steps, eps: of the Newton-Schulz iteration that makes it orthogonal.
     adjust_lr_fn: None or "original" scales the rate by sqrt(max(1, rows / columns)), "match_rms_adamw" by
-    0.2 * sqrt(max(rows, columns)). betas, adamw_eps: for groups with use_muon=False. Raises ValueError for a parameter
-    that is no matrix in a group that uses Muon, and there for max_unorm, skip_zeros, stochastic_rounding and kahan. A
-    matrix whose gradient is not finite is left alone.
+        0.2 * sqrt(max(rows, columns)) (arXiv 2502.16982).
+    weight_decay: decoupled, as in AdamW.
+    betas, adamw_eps: of AdamW, in groups with the key `"use_muon": False`.
+    optim_bits and other options: as in KbitOptimizer.
+
+    States: `momentum_buffer` (signed) and `step`, half of Adam's; AdamW's in groups with `"use_muon": False`. Raises
+    ValueError for a parameter that is no matrix in a group that uses Muon, and there for max_unorm, skip_zeros,
+    stochastic_rounding and kahan. A matrix whose gradient is not finite is left alone.
     """
 
     algorithm = "muon"

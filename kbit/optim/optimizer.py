@@ -26,14 +26,25 @@ from kbit.optim.settings import check, check_keys, forced, override_targets, ref
 
 
 class KbitOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers here.
+    """Base of all optimizers here: torch.optim.Optimizer with states of 8 or 32 bits.
 
-    optim_bits: 32 or 8. min_8bit_size: parameters with fewer elements have 32-bit states. is_paged: states of large
-    parameters live in pinned host memory. max_unorm: cap of |update| / |parameter|, 0 for none. skip_zeros: elements
-    whose gradient is exactly 0 are left alone, states too. stochastic_rounding, kahan: how bf16 parameters keep what
-    rounding would lose. args: an object with any of `optim_bits`, `min_8bit_size`, `max_unorm`, `skip_zeros` as
-    attributes, as bitsandbytes takes it. Every setting is a key of its parameter group, so groups may differ.
-    Raises ValueError for a setting out of range.
+    optim_bits: 32 or 8, the bits of an element of a state. 8 bits are codes of the dynamic map, with one fp32 scale for
+        each block of 256 ("8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861). Where the class's name
+        says the bits, another number raises ValueError (but for 32, which bitsandbytes has as a default everywhere).
+    min_8bit_size: parameters with fewer elements have 32-bit states.
+    is_paged: on a GPU, states of parameters with 100,000 elements or more live in pinned host memory.
+    max_unorm: cap of |update| / |parameter|, 0 for none; LARS and LAMB have their own meaning of it.
+    skip_zeros: elements whose gradient is exactly 0 are left alone, states too.
+    stochastic_rounding: round bf16 parameters up or down at random, right on average.
+    kahan: keep what rounding loses of bf16 and fp16 parameters in a second tensor. Excludes stochastic_rounding.
+    args: an object with any of `optim_bits`, `min_8bit_size`, `max_unorm`, `skip_zeros` as attributes, as bitsandbytes
+        takes it.
+
+    Every setting is a key of its parameter group, so groups may differ. Raises ValueError for a setting out of range,
+    TypeError for one that does not exist.
+
+    `state[p]` holds tensors shaped like the parameter p, in fp32 or as uint8 codes with their scales beside them:
+    `exp_avg` and `exp_avg_absmax`, for example; `step` is an fp32 scalar, `compensation` (kahan) has p's dtype.
     """
 
     algorithm: str = ""
@@ -240,6 +251,10 @@ class KbitOptimizer(torch.optim.Optimizer):
                 self._locals.pop(p, None)
         if config["kahan"] and "compensation" not in state and p.dtype in (torch.bfloat16, torch.float16):
             state["compensation"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        for key, dtype in (("step", torch.float32), ("compensation", p.dtype)):
+            if key in state and (state[key].device, state[key].dtype) != (p.device, dtype):  # the model has moved
+                state[key] = state[key].to(p.device, dtype)
+                self._locals.pop(p, None)
         return state
 
     def _local_state(self, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
@@ -306,6 +321,9 @@ class KbitOptimizer(torch.optim.Optimizer):
         self._plans.clear()
         self._batches.clear()
         self._locals.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_overrides": self._overrides, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

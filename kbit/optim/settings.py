@@ -24,7 +24,8 @@ _FLAGS = (
     "use_muon",
 )
 # Keys of a parameter group that are no settings: what schedulers write, and labels that training scripts read.
-_LABELS: tuple[str, ...] = ("params", "param_names", "name", "group_name", "layer_id", "lr_scale", "lr_mult")
+_LABELS: tuple[str, ...] = ("params", "param_names", "name", "group_name", "layer_id")
+_LABELS += ("lr_scale", "lr_mult", "wd_mult", "moe")
 _LABELS += ("initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "base_momentum", "max_momentum")
 # Settings of torch.optim that ask for nothing where they are off.
 _OFF = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable")

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,3 +145,95 @@ def test_muons_momentum_is_the_decay_of_an_average(momentum):
     with pytest.raises(ValueError, match="momentum"):
         optim.Muon([matrix()], momentum=momentum)
     optim.SGD([matrix()], lr=0.1, momentum=1.0)  # a sum in torch, of any weight
+
+
+# ---- what the guide says ----
+
+COMMON = {"self", "params", "args", "amsgrad", "options", "unknown", "defaults"}
+
+
+def test_the_guides_tables_of_settings_are_complete_and_right():
+    text = (Path(__file__).parents[2] / "docs" / "guide-optimizers.md").read_text()
+    text = text.split("## Settings and their defaults")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")
+    ]
+    common = {cells[0].strip("`"): cells[1].strip("`") for cells in rows if len(cells) == 3}
+    base = inspect.signature(optim.KbitOptimizer.__init__).parameters
+    assert common == {name: repr(p.default) for name, p in base.items() if name not in COMMON}
+    of_class = {cells[0].strip("`"): re.findall(r"`([^`]+)`", cells[1]) for cells in rows if len(cells) == 2}
+    algorithms = {name for name in optim.__all__ if not name.startswith("Paged") and not name.endswith("bit")}
+    assert of_class.keys() == algorithms - {"KbitOptimizer"}
+    for name, settings in of_class.items():
+        own = inspect.signature(getattr(optim, name).__init__).parameters
+        known = {n: p.default for n, p in own.items() if n not in COMMON | common.keys() or n == "max_unorm"}
+        assert settings == [n if d is inspect.Parameter.empty else f"{n}={d!r}" for n, d in known.items()], name
+
+
+def test_every_algorithm_is_in_the_api_reference():
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    for name in optim.__all__:
+        kind = getattr(optim, name)
+        assert kind.__doc__ and kind.__doc__ != torch.optim.Optimizer.__doc__, name
+        if not name.endswith("bit") and not name.startswith("Paged"):
+            assert f"::: {kind.__module__}.{name}\n" in text, name
+
+
+# ---- a model that changes under the optimizer ----
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_compensation_follows_the_parameters_dtype(backend):
+    """bf16 bits of the compensation must not be read as fp16 after `model.half()`."""
+    net = nn.Linear(64, 64).bfloat16()
+    opt = optim.AdamW8bit(net.parameters(), lr=1e-3, kahan=True)
+    opt.backend = backend
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
+        net.to(dtype)
+        kept = opt.state[net.weight]["compensation"].clone() if opt.state else None
+        before = net.weight.detach().float()
+        net.zero_grad()
+        net(torch.ones(2, 64, dtype=dtype)).sum().backward()
+        opt.step()
+        state = opt.state[net.weight]
+        assert state["compensation"].dtype == dtype
+        if dtype != torch.float32:  # rounded value plus compensation is the value: it moves by lr, no more
+            moved = net.weight.detach().float() + state["compensation"].float() - before
+            moved -= 0 if kept is None else kept.float()
+            assert moved.abs().max() < 2e-3
+
+
+@pytest.mark.gpu
+def test_a_model_that_moves_to_the_gpu_takes_its_states_along():
+    net = nn.Linear(64, 64).bfloat16()
+    opt = optim.AdamW8bit(net.parameters(), kahan=True)
+    for device in ("cpu", "cuda", "cpu"):
+        net.to(device)
+        net.zero_grad()
+        net(torch.ones(2, 64, dtype=torch.bfloat16, device=device)).sum().backward()
+        opt.step()
+        assert {value.device.type for value in opt.state[net.weight].values()} == {device}
+    assert int(opt.state[net.weight]["step"]) == 3
+
+
+def test_copies_keep_overrides_and_backend():
+    net = nn.Linear(64, 64)
+    opt = optim.AdamW8bit(net.parameters())
+    opt.override(net, optim_bits=32)
+    opt.backend = "torch"
+    twin, there = copy.deepcopy((opt, net))
+    there(torch.ones(2, 64)).sum().backward()
+    twin.step()
+    assert twin.backend == "torch" and twin.state[there.weight]["exp_avg"].dtype == torch.float32
+
+
+def test_step_counts_of_numpy_and_parameters_listed_twice_load():
+    p = matrix()
+    with pytest.warns(UserWarning, match="duplicate"):
+        opt = optim.AdamW([p, p])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    saved = opt.state_dict()
+    saved["state"] = {key: {**state, "step": np.int64(3)} for key, state in saved["state"].items()}
+    opt.load_state_dict(saved)
+    assert opt.state[p]["step"].item() == 3
