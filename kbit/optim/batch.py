@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,8 @@ from kbit.optim import rules, state
 from kbit.optim.rounding import round_to
 
 TABLE_COLUMNS = 16
+# In the place of a gradient between two steps.
+_RELEASED = torch.empty(0)
 
 
 @dataclass
@@ -27,6 +31,17 @@ class Item:
     target: Tensor | None = None
     owner: Tensor = field(default_factory=lambda: torch.empty(0))
     address: int = 0
+    #: Name of a state, and its tensor: where another tensor takes its place, addresses that were written down are void.
+    first: str = "step"
+    mark: weakref.ref[Tensor] = field(init=False)
+    g_dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mark, self.g_dtype = weakref.ref(self.state[self.first]), self.g.dtype
+
+    def release(self) -> None:
+        """Let go of the gradient, whose memory belongs to the next backward pass."""
+        self.g = _RELEASED
 
 
 @dataclass
@@ -47,12 +62,24 @@ class Batch:
     def stochastic(self) -> bool:
         return bool(self.config["stochastic_rounding"]) and self.items[0].p.dtype == torch.bfloat16
 
+    def identity(self) -> tuple[tuple[Any, ...], list[Any]]:
+        """What the addresses of a batch's states, and the meaning of their bytes, hang on; see `same`."""
+        item = self.items[0]
+        kind = (self.rule, self.bits8, self.kahan, self.stochastic, item.p.dtype, item.g_dtype)
+        return kind, [item.mark for item in self.items]
+
     def scalars(self, item: Item) -> rules.Scalars:
         """Scalars of an item's next step; advances its step count. Reads the count on the host."""
         item.state["step"] += 1
         count = int(item.state["step"].item())
         values = rules.scalars(self.name, self.rule, self.config, float(self.config["lr"]), count)
         return values._replace(step=float(count))
+
+
+def same(one: tuple[tuple[Any, ...], list[Any]], other: tuple[tuple[Any, ...], list[Any]]) -> bool:
+    """Whether two batches have one identity. References are compared themselves, since comparing tensors steps in."""
+    (kind, marks), (other_kind, other_marks) = one, other
+    return kind == other_kind and len(marks) == len(other_marks) and all(map(operator.is_, marks, other_marks))
 
 
 def step_plain(batch: Batch) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import optim as cuda_kernel
 from kbit.optim import rules, state
-from kbit.optim.batch import TABLE_COLUMNS, Batch, table_row
+from kbit.optim.batch import TABLE_COLUMNS, Batch, same, table_row
 
 # By whether states have 8 bits: blocks of 256 elements in a tile, warps of a program, tiles that it does in turn (which
 # hides the latency of looking up the table). Measured on one H200.
@@ -78,7 +78,7 @@ class Plan:
         self.total = int(counts.sum())
         self.hyper: tuple[float, ...] = ()
         self.dirty = True
-        self.identity: list[int] = []
+        self.identity = batch.identity()
         self.addresses: list[int] = []
         size = self.table.size + (0 if cuda else rules_width())
         self.buffer = torch.empty(size, dtype=torch.int64, device=device)
@@ -175,10 +175,10 @@ def step_gpu(batch: Batch, plans: dict[Any, Any], key: Any, cuda: bool) -> None:
     key = (key, cuda)
     addresses = [tensor.data_ptr() for item in batch.items for tensor in (item.p, item.g)]
     plan = plans.get(key)
-    if plan is None or (plan.batch is not batch and plan.identity != [id(item.state) for item in batch.items]):
+    if plan is None or (plan.batch is not batch and not same(plan.identity, batch.identity())):
         rows = [table_row(batch, item) for item in batch.items]
         plan = plans[key] = Plan(rows, range(len(rows)), batch, first.p.device, cuda)
-        plan.identity, plan.addresses = [id(item.state) for item in batch.items], addresses
+        plan.addresses = addresses
     elif plan.addresses != addresses:
         plan.table[:, :2] = np.array(addresses, dtype=np.int64).reshape(-1, 2)
         plan.addresses, plan.dirty = addresses, True

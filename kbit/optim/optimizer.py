@@ -9,6 +9,7 @@ states an element whose new state would not be finite keeps its value and its st
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -83,7 +84,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
         self._batches: dict[int, tuple[Any, list[Tensor], list[Batch]]] = {}
-        self._locals: dict[Tensor, dict[str, Any]] = {}
+        self._locals: dict[Tensor, tuple[tuple[weakref.ref[Tensor], ...], dict[str, Any]]] = {}
         #: "auto", or "torch", "native" (compiled C++), "triton", "cuda" (compiled CUDA C++) to insist on one.
         self.backend = "auto"
         super().__init__(params, {**defaults, **structure})
@@ -173,6 +174,8 @@ class KbitOptimizer(torch.optim.Optimizer):
             seed += len(group["params"])
             for place, batch in enumerate(batches):
                 self._dispatch(batch, (number, place))
+                for item in batch.items:
+                    item.release()
 
     def _cached_batches(self, number: int, group: dict[str, Any]) -> list[Batch] | None:
         """The batches of the last step with the new gradients, or None where anything but addresses has changed."""
@@ -185,16 +188,17 @@ class KbitOptimizer(torch.optim.Optimizer):
         state = self.state
         for batch in cached[2]:
             for item in batch.items:
-                p, old = item.owner, item.g
+                p = item.owner
                 grad = p.grad
                 if p.data_ptr() != item.address or state.get(p) is not item.state:
                     return None
-                if grad is not old:
-                    if grad is None or grad.dtype != old.dtype or grad.layout != torch.strided:
-                        return None
-                    item.g = grad
+                if item.mark() is not item.state.get(item.first):  # states were taken off the device, say, and back
+                    return None
+                if grad is None or grad.dtype != item.g_dtype or grad.layout != torch.strided:
+                    return None
                 if not grad.is_contiguous():
                     return None
+                item.g = grad
         return cached[2]
 
     def _remember(self, number: int, group: dict[str, Any], batches: list[Batch]) -> None:
@@ -224,7 +228,9 @@ class KbitOptimizer(torch.optim.Optimizer):
         target = None
         if not local.is_contiguous():
             target, local = local, local.contiguous()
-        item = Item(local, local_grad.contiguous(), self._local_state(p, state), seed, target, p, local.data_ptr())
+        first = rule.states[0].name if rule.states else "step"
+        mine = self._local_state(p, state)
+        item = Item(local, local_grad.contiguous(), mine, seed, target, p, local.data_ptr(), first)
         own = id(p) if p in self._overrides else 0
         paged = bool(rule.states) and state[rule.states[0].name].device != p.device
         key = (p.device, p.dtype, grad.dtype, bits8, paged, rule, own)
@@ -261,9 +267,12 @@ class KbitOptimizer(torch.optim.Optimizer):
         """This rank's part of the states of a sharded parameter, the same dict at every step."""
         if not sharding.is_sharded(p):
             return state
-        known = self._locals.get(p)
-        if known is None or known.keys() != state.keys():
-            known = self._locals[p] = {key: sharding.local(value) for key, value in state.items()}
+        marks, known = self._locals.get(p, ((), {}))
+        if known.keys() != state.keys() or any(
+            mark() is not state[key] for mark, key in zip(marks, known, strict=True)
+        ):
+            known = {key: sharding.local(value) for key, value in state.items()}
+            self._locals[p] = tuple(weakref.ref(state[key]) for key in known), known
         return known
 
     def _dispatch(self, batch: Batch, key: Any) -> None:

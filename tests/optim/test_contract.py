@@ -8,6 +8,7 @@ import inspect
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -481,3 +482,42 @@ def test_settings_of_a_checkpoint_are_checked(wrong):
 def test_betas_may_come_from_an_iterator():
     optimizer = optim.AdamW([torch.nn.Parameter(torch.randn(4, 4))], lr=1e-3, betas=iter((0.8, 0.95)))
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_are_let_go_after_the_step(backend, transposed):
+    """A batch that is kept for the next step must not hold their memory while that step's gradients come."""
+    p = torch.nn.Parameter(torch.randn(80, 80))
+    opt = optim.AdamW8bit([p])
+    opt.backend = backend
+    for _ in range(3):
+        memory = np.ones((80, 80), dtype=np.float32)
+        alive = weakref.ref(memory)
+        p.grad = torch.from_numpy(memory).t() if transposed else torch.from_numpy(memory)
+        opt.step()
+        opt.zero_grad()
+        del memory
+        gc.collect()
+        assert alive() is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_states_may_leave_and_come_back_between_steps(backend):
+    """Training loops take states off the device while they generate: nothing keeps the old ones, or steps on them."""
+    net, plain = model(), model()
+    opts = [optim.AdamW8bit(m.parameters()) for m in (net, plain)]
+    for opt, m in zip(opts, (net, plain), strict=True):
+        opt.backend = backend
+        train(m, opt, 3)
+    first = weakref.ref(opts[0].state[net[0].weight]["exp_avg"])
+    for state in opts[0].state.values():
+        for key in state:
+            state[key] = state[key].clone()
+    gc.collect()
+    assert first() is None
+    for opt, m in zip(opts, (net, plain), strict=True):
+        train(m, opt, 2, seed=1)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(opts[0].state[p][key], value) for key, value in opts[1].state[q].items())

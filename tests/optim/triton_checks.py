@@ -219,3 +219,37 @@ def test_paged_chunks_equal_the_unpaged_step_to_the_bit(bits, extra, monkeypatch
         results.append({f"{k}{i}": v.cpu() for i, p in enumerate(params) for k, v in optimizer.state[p].items()})
         results[-1] |= {f"p{i}": p.detach().cpu() for i, p in enumerate(params)}
     check(*results, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("AdamW", [{"optim_bits": 32}, {"optim_bits": 8}, {"max_unorm": 0.01}, {"max_unorm": 0.0}, {"kahan": True}]),
+        ("SGD", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]),
+        ("AdamW", [torch.float16, torch.bfloat16]),
+        ("AdamW", ["states", "states"]),
+    ],
+)
+def test_what_a_plan_has_written_down_may_change_between_steps(name, changes):
+    """Settings of a group, the parameters' dtype, states that left the device: no address of old states is used."""
+    results = []
+    for backend in (BACKEND, "torch"):
+        generator = torch.Generator().manual_seed(2)
+        net = torch.nn.ParameterList(torch.randn(n, generator=generator).to(DEVICE).bfloat16() for n in (5000, 300))
+        optimizer = getattr(optim, name)(list(net), lr=0.01, optim_bits=8, kahan=torch.float16 in changes)
+        optimizer.backend = backend
+        for change in ({}, *changes):
+            if isinstance(change, dict):
+                optimizer.param_groups[0].update(change)
+            elif change == "states":
+                for state in optimizer.state.values():
+                    state.update({key: value.cpu().clone() for key, value in state.items()})
+                    state.update({key: value.to(DEVICE) for key, value in state.items()})
+            else:
+                net.to(change)
+            for p in net:
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+            optimizer.step()
+        found = {f"{key}{i}": v for i, p in enumerate(net) for key, v in optimizer.state[p].items()}
+        results.append(found | {f"p{i}": p.detach() for i, p in enumerate(net)})
+    check(*results)
