@@ -1,9 +1,9 @@
 """8-bit linear layers against bf16 cuBLAS, `torch._int_mm`, fp8 `torch._scaled_mm` and bitsandbytes, paired in one run.
 
-LLM.int8() with threshold 6 and 0, 6 and 200 outlier columns in the input. Every figure's result is compared first: what
-reads the weight in 8 bits with its own decoded weight in float64, and what quantizes the activations too with the
-plain-torch reference. bitsandbytes looks at the data from the host, so it is timed as a user calls it; the others from
-CUDA graphs, and kbit both ways.
+LLM.int8() with threshold 6 and 0, 6 and 200 outlier columns in the input, and `int8_activations=False`. Every figure's
+result is compared first: what reads the weight in 8 bits with its own decoded weight in float64, and what quantizes the
+activations too with the plain-torch reference. bitsandbytes looks at the data from the host, so it is timed as a user
+calls it; the others from CUDA graphs, and kbit both ways.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def activations(m: int, k: int, outliers: int) -> Tensor:
     return x.to(torch.bfloat16)
 
 
-def kbit_weights(weight: Tensor) -> tuple[Weights, Tensor, Tensor]:
+def kbit_weights(weight: Tensor, int8_activations: bool | None = None) -> tuple[Weights, Tensor, Tensor]:
     """(layers, codes int8, scales fp32)"""
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     copies = timing.copies_for(weight.numel())
-    layers = [kbit.Linear8bit.from_linear(linear, THRESHOLD) for _ in range(copies)]
+    layers = [kbit.Linear8bit.from_linear(linear, THRESHOLD, int8_activations=int8_activations) for _ in range(copies)]
     codes, absmax = layers[0].weight.data, layers[0].absmax.data.view(torch.float32)
     oracle = blocks.quantize_int8(weight[:64].cpu())
     verify.require_equal("quantize int8", codes[:64].cpu(), oracle[0])
@@ -98,6 +98,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for n, k in args.shapes or SHAPES:
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
         dense, (ours, codes, absmax), theirs = bf16_weights(weight), kbit_weights(weight), bitsandbytes_weights(weight)
+        sixteen, _, _ = kbit_weights(weight, int8_activations=False)
         others = other_calls(weight, codes, timing.copies_for(weight.numel()))
         chain = max(dense.copies, ours.copies, 8)
         for m in args.tokens or TOKENS:
@@ -132,6 +133,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     if count:
                         continue
                     row["bf16"] = before.to_json()
+                    if m > choose.GPU_WEIGHT_ONLY_TOKENS:
+                        own = product(codes.double() * absmax.double()[:, None] / 127, x)
+                        verify.require_close(f"16-bit activations, {what}", sixteen.call(x, 0), own, TOLERANCE)
+                        row["kbit int8, 16-bit activations"] = timing.graph(
+                            sixteen.calls(x, chain), args.repetitions
+                        ).to_json()
                     for label, build in others.items():
                         if m < 32:  # _int_mm refuses fewer than 17 rows
                             continue
@@ -145,7 +152,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row)
             labels = [key for key in row if isinstance(row[key], dict)]
             print(f"{n:6} x {k:5} {m:5}  " + "  ".join(f"{lb} {row[lb]['us']:.1f}" for lb in labels), flush=True)
-        del dense, ours, theirs, others
+        del dense, ours, sixteen, theirs, others
         torch.cuda.empty_cache()
     return rows
 
