@@ -42,20 +42,21 @@ constexpr int ACC = BN / 2;                        // accumulators a lane
 constexpr float STEP = 0.007874015748031496f;      // 1 / 127
 constexpr int PART_PITCH = BN + 8;                 // floats a row of a part, over the stages
 
+constexpr int BLOCKS = CLUSTER * SPLIT > 1 ? CLUSTER * SPLIT : 2;  // a cluster; of wide.h's pairs in any case
+
 static_assert(CLUSTER == 1 || SPLIT == 1, "a cluster shares weights or splits K");
 static_assert(SPLIT == 1 || BM * PART_PITCH * 4 <= STAGES * STAGE, "a part fits where the stages were");
-
-constexpr int BLOCKS = CLUSTER * SPLIT > 1 ? CLUSTER * SPLIT : 2;  // a cluster; of wide.h's pairs in any case
 static_assert(BLOCKS % 2 == 0, "pairs share inputs when all columns are multiplied in 16 bits");
 
 struct Unit { int token0, row0; };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    __cluster_dims__(BLOCKS, 1, 1)
+// workers: clusters at work in int8. workspace, wide_flags, launch, wide_blocks, shared_tiles: of wide.h.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(BLOCKS, 1, 1)
 llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_w, const __grid_constant__ TensorMap wide_w,
-         const __grid_constant__ TensorMap wide_x, const u16* __restrict__ x, const signed char* __restrict__ codes, const signed char* __restrict__ weight, const float* __restrict__ rows,
-         const float* __restrict__ absmax, const u16* __restrict__ bias, const u8* __restrict__ flags,
-         const u16* __restrict__ rest, const u16* __restrict__ sub, u16* __restrict__ out, float4* workspace, u64* wide_flags, u64 launch, int M, int N, int K, int stride_x,
+         const __grid_constant__ TensorMap wide_x, const u16* __restrict__ x, const signed char* __restrict__ codes,
+         const signed char* __restrict__ weight, const float* __restrict__ rows, const float* __restrict__ absmax,
+         const u16* __restrict__ bias, const u8* __restrict__ flags, const u16* __restrict__ rest, const u16* __restrict__ sub,
+         u16* __restrict__ out, float4* workspace, u64* wide_flags, u64 launch, int M, int N, int K, int stride_x,
          int stride_codes, int group, int limit, int workers, int wide_blocks, int shared_tiles) {
   extern __shared__ u8 raw_shared[];
   const u32 base = (shared_address(raw_shared) + 1023) & ~1023u;

@@ -62,12 +62,13 @@ struct Place {
   }
 };
 
-// All threads of the thread blocks that have a share of the product, pairs of neighbours in clusters of BLOCKS; `blocks` of them. base: of
-// their shared memory, on a boundary of 1024 bytes. WAIT: for the kernel before this one.
+// The share of one thread block, `block` of `blocks`, for all its threads; pairs of neighbours belong together, in clusters of BLOCKS. base: of
+// its shared memory, on a boundary of 1024 bytes. WAIT: for the kernel before this one. nested_absmax, offset, block_shift: of 4 bits.
 template <int BLOCKS, bool WAIT>
-__device__ __forceinline__ void multiply(u32 base, const TensorMap& map_w, const TensorMap& map_x, int block, int blocks, const void* __restrict__ absmax,
-            const float* __restrict__ nested_absmax, const float* __restrict__ offset, const u16* __restrict__ bias,
-            u16* __restrict__ out, float4* workspace, u64* flags, u64 launch, int M, int N, int K, int block_shift, int shared_tiles) {
+__device__ __forceinline__ void multiply(u32 base, const TensorMap& map_w, const TensorMap& map_x, int block, int blocks,
+                                         const void* __restrict__ absmax, const float* __restrict__ nested_absmax,
+                                         const float* __restrict__ offset, const u16* __restrict__ bias, u16* __restrict__ out,
+                                         float4* workspace, u64* flags, u64 launch, int M, int N, int K, int block_shift, int shared_tiles) {
   const u32 full = base + BAR_OFFSET, empty = full + 8 * WIDE_STAGES;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31;
   const u32 in_cluster = cluster_rank(), rank = BLOCKS > 2 ? in_cluster & 1 : in_cluster, first = BLOCKS > 2 ? in_cluster & ~1u : 0;
