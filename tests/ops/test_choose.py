@@ -30,6 +30,7 @@ def test_int8_kernels_of_a_gpu():
         assert choose.linear_8bit_kernel("weight_only", m, 14336, 4096, 2, hopper) == kernel
     for m, kernel in ((128, "hopper"), (129, "hopper_wide")):
         assert choose.linear_8bit_kernel("weight_only", m, 4096, 4096, 2, hopper) == kernel
+    assert choose.linear_8bit_kernel("weight_only", 129, 1024, 4096, 2, hopper) == "dequantize"
     assert choose.linear_8bit_kernel("weight_only", 8192, 4096, 4096, 2, hopper) == "dequantize"
     assert choose.linear_8bit_kernel("weight_only", 4096, 4096, 4096, 2, hopper, aligned=False) == "dequantize"
     assert choose.linear_8bit_grad_path(1) == "triton" and choose.linear_8bit_grad_path(4096) == "dequantize"
