@@ -134,6 +134,8 @@ class CheckpointReader:
         try:
             self._handle = safe_open(str(path), framework="pt", device="cpu").__enter__()
         except FileNotFoundError:
+            if path.exists():  # safetensors says the same of both
+                raise ValueError(f"{path} cannot be read: its permissions do not let you") from None
             raise ValueError(f"{path} is missing, though {INDEX} lists it: the download is incomplete") from None
         except OSError:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -83,7 +84,11 @@ def _check_folder(path: Path, weights: bool) -> None:
     if not config.is_file():
         raise ValueError(f"{path} is not a model folder: it has no config.json")
     _check_config(config, str(path))
-    if not weights or any(file for kind in ("", ".index.json") for file in path.glob(f"*.safetensors{kind}")):
+    stored = [file for kind in ("", ".index.json") for file in sorted(path.glob(f"*.safetensors{kind}"))]
+    for file in stored if weights else ():
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"{file} cannot be read: its permissions do not let you, or it is a link to nothing")
+    if stored or not weights:
         return
     pickled = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in path.glob(f"*.{suffix}"))
     if pickled:

@@ -6,6 +6,7 @@ import builtins
 import glob
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,15 @@ def test_a_name_that_the_hub_does_not_give(kbit_cli, command, name: str) -> None
 def test_a_file(kbit_cli, command, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     check(kbit_cli(*command(tmp_path / "model.gguf")), "is a file")
+
+
+def test_weights_that_cannot_be_read(kbit_cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A link to nothing, since root reads everything else."""
+    from kbit.assets import demo_model
+
+    shutil.copy(Path(demo_model()) / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    check(kbit_cli("quantize", tmp_path, tmp_path / "q"), "model.safetensors cannot be read")
 
 
 def test_a_folder_without_a_model(kbit_cli, command, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -64,6 +64,17 @@ def test_no_compiler_is_one_log_line_with_the_remedy(fresh, tmp_path, caplog):
     assert "no C++ compiler" in next(b for b in backends() if b.name == "native").reason
 
 
+def test_a_cache_that_cannot_be_written_says_how_to_have_another(fresh, tmp_path):
+    def refused(wanted):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "x"))
+
+    fresh.setenv("KBIT_CACHE", str(tmp_path))
+    fresh.setattr(library, "_compiled", refused)
+    if (build.FOLDER / build.shipped_name()).exists():
+        pytest.skip("this installation ships the library")
+    assert library.why_not().startswith(f"{tmp_path} cannot be written (Permission denied): set KBIT_CACHE to")
+
+
 def test_broken_compiler(fresh, tmp_path, caplog):
     script = tmp_path / "c++"
     script.write_text("#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'out of luck' >&2; exit 1;; esac\n")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import logging
@@ -63,6 +64,9 @@ def _find() -> Library | str:
     except (OSError, build.BuildError, subprocess.SubprocessError) as error:
         remedy = HOW_TO_GET_A_COMPILER.get(sys.platform, "")
         reason = f"{error}" if "no C++ compiler" not in str(error) else f"no C++ compiler found: {remedy}"
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            where = f"{cache_folder()} cannot be written ({error.strerror})"
+            reason = f"{where}: set KBIT_CACHE to a folder where compiled kernels may be kept"
         logger.warning("kbit: CPU kernels run in plain torch, slower: %s", reason)
         return reason
 
