@@ -15,8 +15,8 @@ from kbit.optim import rules, state
 from kbit.optim.rounding import round_to
 
 TABLE_COLUMNS = 16
-# In the place of a gradient between two steps.
-_RELEASED = torch.empty(0)
+#: In the place of an item's gradient between two steps: its memory belongs to the next backward pass.
+RELEASED = torch.empty(0)
 
 
 @dataclass
@@ -38,10 +38,6 @@ class Item:
 
     def __post_init__(self) -> None:
         self.mark, self.g_dtype = weakref.ref(self.state[self.first]), self.g.dtype
-
-    def release(self) -> None:
-        """Let go of the gradient, whose memory belongs to the next backward pass."""
-        self.g = _RELEASED
 
 
 @dataclass
@@ -80,6 +76,25 @@ def same(one: tuple[tuple[Any, ...], list[Any]], other: tuple[tuple[Any, ...], l
     """Whether two batches have one identity. References are compared themselves, since comparing tensors steps in."""
     (kind, marks), (other_kind, other_marks) = one, other
     return kind == other_kind and len(marks) == len(other_marks) and all(map(operator.is_, marks, other_marks))
+
+
+def choose(batch: Batch) -> str:
+    """The fastest way to advance a batch."""
+    p, g = batch.items[0].p, batch.items[0].g
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if p.dtype not in dtypes or g.dtype not in dtypes:
+        return "torch"
+    if p.is_cuda:
+        from kbit.optim.gpu import prefers, triton_available
+
+        if prefers(batch):
+            return "cuda"
+        return "triton" if triton_available() else "torch"
+    if p.device.type == "cpu":
+        from kbit.kernels.cpu import optim as native
+
+        return "native" if native.available() else "torch"
+    return "torch"
 
 
 def step_plain(batch: Batch) -> None:

@@ -140,8 +140,9 @@ def _take(
         stored = sharding.distribute(stored, p)
         device = stored.device if bits8 and not sharding.is_sharded(p) else p.device
         fresh[spec.name] = stored.detach().to(device=device, dtype=torch.float32, copy=True).contiguous()
-        if bits8:
+        if bits8 and not paged:
             return
+        bits8 = False
     else:
         _take_codes(fresh, stored, values.get(states.absmax_key(spec.name)), spec, p, where)
     states.convert(fresh, spec, p, bits8, paged)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kbit.optim import sharding
 from kbit.optim import state as states
-from kbit.optim.batch import Batch, Item, step_native, step_plain
+from kbit.optim.batch import RELEASED, Batch, Item, choose, step_native, step_plain
 from kbit.optim.checkpoint import load_groups, load_state, reshardable
 from kbit.optim.foreign import ALGORITHM_KEY
 from kbit.optim.paging import synchronize
@@ -175,7 +175,7 @@ class KbitOptimizer(torch.optim.Optimizer):
             for place, batch in enumerate(batches):
                 self._dispatch(batch, (number, place))
                 for item in batch.items:
-                    item.release()
+                    item.g = RELEASED
 
     def _cached_batches(self, number: int, group: dict[str, Any]) -> list[Batch] | None:
         """The batches of the last step with the new gradients, or None where anything but addresses has changed."""
@@ -276,7 +276,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         return known
 
     def _dispatch(self, batch: Batch, key: Any) -> None:
-        backend = self.backend if self.backend != "auto" else _choose(batch)
+        backend = self.backend if self.backend != "auto" else choose(batch)
         if backend in ("cuda", "triton"):
             from kbit.optim.gpu import step_gpu
 
@@ -345,22 +345,3 @@ def _signature(optimizer: KbitOptimizer, group: dict[str, Any]) -> tuple[Any, ..
     """What a group's batches depend on beside its tensors."""
     keys = ("optim_bits", "min_8bit_size", "is_paged", "stochastic_rounding", "kahan", "skip_zeros")
     return optimizer._rule(group), len(group["params"]), *(group[key] for key in keys)
-
-
-def _choose(batch: Batch) -> str:
-    """The fastest way to advance a batch."""
-    p, g = batch.items[0].p, batch.items[0].g
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    if p.dtype not in dtypes or g.dtype not in dtypes:
-        return "torch"
-    if p.is_cuda:
-        from kbit.optim.gpu import prefers, triton_available
-
-        if prefers(batch):
-            return "cuda"
-        return "triton" if triton_available() else "torch"
-    if p.device.type == "cpu":
-        from kbit.kernels.cpu import optim as native
-
-        return "native" if native.available() else "torch"
-    return "torch"
