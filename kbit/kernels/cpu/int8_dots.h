@@ -90,12 +90,13 @@ void pack(const int8_t* w, int64_t n, int64_t k, int64_t begin, int64_t end, uin
                 pack16(w + j * k, n - j, k, i, packed + (i - begin) * PANEL + j * 4);
 }
 
-// What `outer` brings into the L2 cache meanwhile: `lines` a step of the raw weight that is packed next, so that memory works
-// while the cores multiply.
+// What `outer` brings into the L2 cache meanwhile, so that memory works while the cores multiply: `lines` a step of the raw
+// weight that is packed next, and activations, whose tiles are too short for the hardware to find their pace.
 struct Ahead {
     const char* w;      // its first row, where its columns begin
     int64_t k;          // bytes from row to row
     int64_t row, lines;  // the first row of this tile's share
+    const char* tokens;  // the activations that are multiplied next, as many as now
 };
 
 // Adds to sums [R][PANEL] the products of a tile of R rows with `columns` of a packed panel.
@@ -110,6 +111,7 @@ void outer(const int8_t* a, const uint8_t* packed, int64_t columns, bool first, 
     for (int64_t i = 0; i < columns; i += 4) {
         _mm_prefetch(reinterpret_cast<const char*>(packed + i * PANEL + 1024), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(packed + i * PANEL + 1088), _MM_HINT_T0);
+        if (i * 16 < columns * R) _mm_prefetch(ahead.tokens + i * 16, _MM_HINT_T1);
         for (int64_t l = 0; l < ahead.lines; l++)
             _mm_prefetch(ahead.w + (ahead.row + (i / 4 % 16) * ahead.lines + l) * ahead.k + i / 64 * 64, _MM_HINT_T1);
         __m512i w0 = _mm512_load_si512(packed + i * PANEL), w1 = _mm512_load_si512(packed + i * PANEL + 64);
@@ -166,12 +168,15 @@ void many_rows(int64_t rows, int64_t tile, const int8_t* a, int64_t stride, cons
     for (int64_t begin = 0; begin < k; begin += CHUNK) {
         int64_t columns = begin + CHUNK < k ? CHUNK : k - begin;
         pack(w, n, k, begin, begin + columns, packed);
-        Ahead ahead{reinterpret_cast<const char*>(begin + CHUNK < k ? w + begin + CHUNK : next), k, 0, 0};
+        Ahead ahead{reinterpret_cast<const char*>(begin + CHUNK < k ? w + begin + CHUNK : next), k, 0, 0, nullptr};
         for (int64_t row = 0; row < rows; row += tile) {
             int64_t count = rows - row < tile ? rows - row : tile;
             int64_t left = (rows - row + tile - 1) / tile;  // tiles from this one on
             if (left <= fetchers) ahead.lines = PANEL / 16 / fetchers, ahead.row = (fetchers - left) * 16 * ahead.lines;
             const int8_t* part = a + row * stride + begin * count;
+            int64_t then = row + tile < rows ? row + tile : 0, size = rows - then < tile ? rows - then : tile;
+            int64_t at = then ? begin : begin + CHUNK < k ? begin + CHUNK : 0;
+            ahead.tokens = reinterpret_cast<const char*>(a + then * stride + at * size);
             tile_packed(count, part, packed, columns, begin == 0, sums + row * PANEL, ahead);
         }
     }
