@@ -17,7 +17,8 @@ import torch
 
 from kbit.kernels.cpu import library
 
-COLOURS = {"kbit": "#1f6feb", "torch": "#57606a", "bitsandbytes": "#d1242f"}
+COLOURS = {"kbit": "#1f6feb", "torch": "#57606a", "bitsandbytes": "#d1242f", "torch int4": "#bf8700"}
+LABELS = {"torch": "torch {dtype}", "torch int4": "torch int4"}
 
 
 def turns(calls: dict[str, list[Callable[[], Any]]], seconds: float, least: int = 5) -> dict[str, dict[str, float]]:
@@ -102,7 +103,9 @@ def save(result: dict[str, Any], path: Path, weight: str) -> None:
         rows = [row for row in result["rows"] if (row["dtype"], row["n"], row["k"]) == (dtype, n, k)]
         tokens = [row["m"] for row in rows]
         for who, colour in COLOURS.items():
-            label = f"torch {dtype}" if who == "torch" else f"{who} {weight}"
+            if who not in rows[0]:
+                continue
+            label = LABELS.get(who, f"{who} {weight}").format(dtype=dtype)
             axis.plot(tokens, [row[who]["ms"] for row in rows], "o-", ms=3, label=label, color=colour)
             band = ([row[who][edge] for row in rows] for edge in ("low", "high"))
             axis.fill_between(tokens, *band, alpha=0.2, color=colour)
