@@ -106,11 +106,16 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     else
       copy_tile(to + A_BYTES, &map_w, column, unit.row0, bar);
   };
-  // The first stages are under way while everybody counts the outlier columns; should these be too many, nobody uses them.
+  // The first stages are under way while everybody counts the outlier columns; should these be too many, nobody uses them. Where one row
+  // has said that they are, no more than one stage is fetched in vain.
   const bool idle = first_unit >= units || first_unit >= workers;  // started for the 16-bit product alone
   const int early = idle ? 0 : min(STAGES, steps);
-  if (thread == CONSUMERS)
-    for (int step = 0; step < early; step++) copy_stage(unit_at(first_unit), step, step);
+  const bool over = flags && *(const u32*)(flags + K);
+  int copied = min(1, early);
+  if (thread == CONSUMERS) {
+    if (copied) copy_stage(unit_at(first_unit), 0, 0);
+    for (; !over && copied < early; copied++) copy_stage(unit_at(first_unit), copied, copied);
+  }
   int outliers = 0;
   if (flags) {
     for (int i = thread; i < K / 16; i += THREADS) {
@@ -127,11 +132,11 @@ llm_int8(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     if (outliers) asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(note), "r"(outliers) : "memory");
     __syncthreads();
     outliers = load_shared(note);
-    if (*(const u32*)(flags + K)) outliers = limit + 1;  // more than these, one row has said
+    if (over) outliers = limit + 1;
   }
   if (outliers > limit) {
     if (thread == CONSUMERS) {  // shared memory gets another use: copies have to arrive, barriers to end
-      for (int step = 0; step < early; step++) barrier_wait(full + 8 * step, 0);
+      for (int step = 0; step < copied; step++) barrier_wait(full + 8 * step, 0);
       for (u32 bar = full; bar < note; bar += 8) barrier_end(bar);
     }
     __syncthreads();

@@ -23,7 +23,7 @@ _THREADS = 384
 GATHER_TOKENS = 512
 _CAPACITY, _GATHER_ROWS = 256, 32
 # The 16-bit product's tiles: few kinds, since each is compiled into a kernel with the int8 product's.
-_WIDE = tuple(linear_8bit_wide.Config(nt, stages) for nt, stages in ((128, 8), (192, 6), (256, 5)))
+_WIDE = tuple(linear_8bit_wide.Config(nt, stages) for nt, stages in ((96, 8), (128, 8), (192, 6), (256, 5)))
 MAX_K = 32768  # columns that the kernel's bit mask has room for
 
 
