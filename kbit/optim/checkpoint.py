@@ -6,6 +6,7 @@ bits may follow, and a resumed run is exact. Errors name group, parameter and st
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -31,6 +32,8 @@ def load_groups(optimizer: KbitOptimizer, state_dict: Any) -> list[dict[str, Any
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("not an optimizer state dict: it needs the keys 'state' and 'param_groups'")
     own, saved = optimizer.param_groups, state_dict["param_groups"]
+    if not isinstance(saved, (list, tuple)) or not isinstance(state_dict["state"], Mapping):
+        raise ValueError("not an optimizer state dict: 'state' must be a dict and 'param_groups' a list")
     if len(own) != len(saved):
         raise ValueError(f"loaded state dict has {len(saved)} parameter groups, this optimizer {len(own)}")
     return [_load_group(optimizer, *pair) for pair in enumerate(zip(own, saved, strict=True))]
@@ -38,7 +41,7 @@ def load_groups(optimizer: KbitOptimizer, state_dict: Any) -> list[dict[str, Any
 
 def _load_group(optimizer: KbitOptimizer, number: int, pair: tuple[dict[str, Any], Any]) -> dict[str, Any]:
     group, other = pair
-    if not isinstance(other, dict) or "params" not in other:
+    if not isinstance(other, dict) or not isinstance(other.get("params"), (list, tuple)):
         raise ValueError(f"parameter group {number} of the loaded state dict has no 'params'")
     if len(group["params"]) != len(other["params"]):
         raise ValueError(
@@ -51,6 +54,9 @@ def _load_group(optimizer: KbitOptimizer, number: int, pair: tuple[dict[str, Any
         raise ValueError(f"parameter group {number}: maximize and amsgrad are not supported")
     dropped = (*STRUCTURE, *foreign.IGNORED, foreign.ALGORITHM_KEY, "params", "param_names")
     kept = foreign.settings_from_bnb(group, {k: v for k, v in other.items() if k not in dropped})
+    kept = copy.deepcopy(kept)
+    if isinstance(kept.get("lr"), Tensor) and isinstance(group["lr"], Tensor):
+        kept["lr"] = kept["lr"].to(group["lr"].device)
     for key in ("maximize", "amsgrad"):
         if key not in group:
             kept.pop(key, None)
@@ -153,12 +159,7 @@ def _take_codes(fresh: dict[str, Any], codes: Tensor, absmax: Any, spec: StateSp
     blocks, shape = -(-p.numel() // states.BLOCK_SIZE), states.absmax_shape(p.shape)
     if not isinstance(absmax, Tensor) or absmax.numel() != blocks or not absmax.is_floating_point():
         raise ValueError(f"state {spec.name!r} of {where} needs {blocks} block scales beside its codes")
-    scales = sharding.local(absmax)
-    if not bool(((scales >= 0) & (scales < math.inf)).all()):
-        raise ValueError(
-            f"state {states.absmax_key(spec.name)!r} of {where} holds block scales that are negative, infinite or NaN: "
-            "the checkpoint is damaged"
-        )
+    foreign.check_scales(sharding.local(absmax), states.absmax_key(spec.name), where)
     if sharding.is_sharded(p) and len(shape) == 1:
         # Blocks that run across ranks: take the values, and let blocks of this rank's own elements form.
         whole = codes.full_tensor() if sharding.is_sharded(codes) else codes  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ second moments that were rounded to 0 beside a momentum that was not, see `_smal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -129,7 +130,13 @@ def settings_from_bnb(own: Mapping[str, Any], saved: dict[str, Any]) -> dict[str
 
 def state_from_bnb(values: Mapping[str, Any], p: Tensor, rule: Rule, where: str) -> dict[str, Any]:
     """bitsandbytes' state of one parameter under our names. where: what errors call the parameter."""
-    values = {**values, **values.get(BNB_KEY, {})}
+    wrapped = values.get(BNB_KEY, {})
+    if not isinstance(wrapped, Mapping):
+        raise ValueError(f"bitsandbytes state of {where}: {BNB_KEY} is a {type(wrapped).__name__}, not a dict")
+    values = {**values, **wrapped}
+    for key in (f"{kind}{number}" for kind in ("state", "absmax", "qmap") for number in (1, 2)):
+        if values.get(key) is not None and not isinstance(values[key], Tensor):
+            raise ValueError(f"bitsandbytes state {key!r} of {where} is a {type(values[key]).__name__}, not a tensor")
     out: dict[str, Any] = {"step": values["step"]} if "step" in values else {}
     sources: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for number in (1, 2):
@@ -139,6 +146,10 @@ def state_from_bnb(values: Mapping[str, Any], p: Tensor, rule: Rule, where: str)
         absmax, qmap = values.get(f"absmax{number}"), values.get(f"qmap{number}")
         if stored.dim() == p.dim() + 1 and stored.shape[1:] == p.shape:
             scales = absmax if absmax is not None else [None] * len(stored)
+            if len(scales) != len(stored):
+                raise ValueError(
+                    f"bitsandbytes state of {where}: absmax{number} has {len(scales)} rows, not {len(stored)}"
+                )
             sources += [(part, scale, qmap) for part, scale in zip(stored, scales, strict=True)]
         else:
             sources.append((stored, absmax, qmap))
@@ -161,6 +172,7 @@ def state_from_bnb(values: Mapping[str, Any], p: Tensor, rule: Rule, where: str)
                 "and save fp32 states"
             )
         else:
+            check_scales(absmax, f"absmax of {spec.name}", where)
             decoded = _decode(stored, absmax, qmap, where)
             if spec.signed:
                 moving = moving.to(stored.device) | (decoded != 0)
@@ -172,6 +184,14 @@ def state_from_bnb(values: Mapping[str, Any], p: Tensor, rule: Rule, where: str)
             else:
                 out[spec.name] = decoded
     return out
+
+
+def check_scales(scales: Tensor, name: str, where: str) -> None:
+    """Raise ValueError unless block scales are finite and not negative; waits for their device."""
+    if not bool(((scales >= 0) & (scales < math.inf)).all()):
+        raise ValueError(
+            f"state {name!r} of {where} holds block scales that are negative, infinite or NaN: it is damaged"
+        )
 
 
 def _smallest_code(qmap: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         return rule_for(self.algorithm, config)
 
     def _state_of(self, p: Tensor, config: dict[str, Any], rule: Rule) -> dict[str, Any]:
-        """The states of a parameter in the containers that its settings ask for."""
+        """The states of a parameter in the containers that its settings ask for. RuntimeError for another shape."""
         state = self.state[p]
         bits8, paged = states.wants_8bit(p.numel(), config), states.wants_paging(p, config)
         if "step" not in state:
@@ -252,6 +252,11 @@ class KbitOptimizer(torch.optim.Optimizer):
             if spec.name not in state:
                 fill = float(config.get("initial_accumulator_value", 0.0)) if spec.name == "sum" else 0.0
                 states.create(state, spec, p, bits8, paged, fill)
+            elif state[spec.name].shape != p.shape:
+                raise RuntimeError(
+                    f"a parameter has shape {tuple(p.shape)} now, but its state {spec.name!r} "
+                    f"{tuple(state[spec.name].shape)}: del optimizer.state[parameter] starts it anew"
+                )
             elif (state[spec.name].dtype == torch.uint8) != bits8 or (state[spec.name].device != p.device) != paged:
                 states.convert(state, spec, p, bits8, paged)
                 self._locals.pop(p, None)

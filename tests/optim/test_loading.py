@@ -235,6 +235,12 @@ def test_a_state_dict_of_the_wrong_form_is_refused():
     saved = opt.state_dict()
     with pytest.raises(ValueError, match="state of parameter 2 of group 0 is a list"):
         opt.load_state_dict({**saved, "state": {**saved["state"], 2: []}})
+    for state, groups in ((saved["state"], None), ([], saved["param_groups"]), (saved["state"], {0: 1})):
+        with pytest.raises(ValueError, match="'state' must be a dict and 'param_groups' a list"):
+            opt.load_state_dict({"state": state, "param_groups": groups})
+    for group in (3, {}, {"params": 5}):
+        with pytest.raises(ValueError, match="parameter group 0 .*has no 'params'"):
+            opt.load_state_dict({"state": saved["state"], "param_groups": [group]})
     twice = [{**saved["param_groups"][0], "params": [0, 1, 2, 3, 3]}]
     with pytest.raises(ValueError, match="parameter group 0 .*lists parameter 3 again"):
         opt.load_state_dict({**saved, "param_groups": twice})
@@ -250,3 +256,44 @@ def test_parameters_that_never_had_a_gradient_have_no_state_and_load():
     net[1].requires_grad_(True)
     train(net, other, 1)
     assert int(other.state[net[1].weight]["step"]) == 1 and int(other.state[net[0].weight]["step"]) == 3
+
+
+def test_settings_are_copied():
+    """A learning rate in a tensor, changed in place by one optimizer's scheduler, is not the other's."""
+    net = model()
+    opt = optim.AdamW8bit(net.parameters(), lr=torch.tensor(0.1))
+    other = optim.AdamW8bit(net.parameters(), lr=torch.tensor(0.5))
+    other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["lr"].item() == pytest.approx(0.1)
+    opt.param_groups[0]["lr"].fill_(7.0)
+    assert other.param_groups[0]["lr"].item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("state1", [1], "'state1' of parameter 0 of group 0 is a list"),
+        ("state1", torch.zeros(128, 64, dtype=torch.int64), "'exp_avg' .*int64"),
+        ("state1", torch.zeros(5), "has 5 elements, not 8192"),
+        ("state2", torch.full((128, 64), -1.0), "'exp_avg_sq' .*negative values"),
+        ("absmax1", [1], "'absmax1' .*list"),
+        ("absmax1", torch.ones(3), "3 block scales and a map of 256"),
+        ("absmax1", torch.full((32,), math.nan), "negative, infinite or NaN"),
+        ("absmax2", -torch.ones(32), "negative, infinite or NaN"),
+        ("qmap1", torch.ones(3), "a map of 3 entries"),
+        ("qmap1", None, "not block-wise"),
+        (None, [1], "is a list, not a dict"),
+    ],
+)
+def test_damaged_states_of_bitsandbytes_are_refused(key, value, message):
+    state = {"state1": torch.zeros(128, 64, dtype=torch.uint8), "state2": torch.zeros(128, 64, dtype=torch.uint8)}
+    state |= {"absmax1": torch.ones(32), "absmax2": torch.ones(32)}
+    state |= {"qmap1": torch.linspace(-1, 1, 256), "qmap2": torch.linspace(0, 1, 256)}
+    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0, "alpha": 0.0, "params": [0]}
+    opt = optim.AdamW8bit([nn.Parameter(torch.randn(128, 64))])
+    wrapped = "__bnb_optimizer_quant_state__"
+    opt.load_state_dict({"state": {0: {"step": 1, wrapped: state}}, "param_groups": [group]})
+    damaged = {**state, key: value} if key else value
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict({"state": {0: {"step": 2, wrapped: damaged}}, "param_groups": [group]})
+    assert [int(held["step"]) for held in opt.state.values()] == [1]

@@ -203,6 +203,23 @@ def test_compensation_follows_the_parameters_dtype(backend):
             assert moved.abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_parameter_of_another_shape_is_an_error(backend):
+    """Its states are too small: a kernel would write behind them."""
+    p = nn.Parameter(torch.randn(80, 80))
+    opt = optim.AdamW8bit([p])
+    opt.backend = backend
+    p.grad = torch.ones_like(p)
+    opt.step()
+    p.data, p.grad = torch.randn(160, 80), None
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"shape \(160, 80\) now, but its state 'exp_avg' \(80, 80\)"):
+        opt.step()
+    del opt.state[p]
+    opt.step()
+    assert opt.state[p]["exp_avg"].shape == (160, 80)
+
+
 @pytest.mark.gpu
 def test_a_model_that_moves_to_the_gpu_takes_its_states_along():
     net = nn.Linear(64, 64).bfloat16()
