@@ -58,7 +58,7 @@ def test_amsgrad_of_a_group_is_refused_as_the_argument_is():
 @pytest.mark.parametrize(
     "extra",
     [
-        {"name": "decay", "lr_scale": 0.5, "layer_id": 3, "_mine": object()},
+        {"name": "decay", "lr_scale": 0.5, "layer_id": 3, "_mine": ("a", 1)},
         {"initial_lr": 0.1, "swa_lr": 0.2, "max_lr": 1.0, "min_lr": 0.0, "base_momentum": 0.8, "max_momentum": 0.9},
         {"amsgrad": False, "maximize": False, "foreach": None, "fused": None, "capturable": False},
         {"optim_bits": 32, "kahan": True, "min_8bit_size": 1},
