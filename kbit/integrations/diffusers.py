@@ -8,6 +8,7 @@ has no public registration, so `register` enters its two tables, as soon as `dif
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import weakref
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from kbit.config import QUANT_METHOD
 from kbit.config import KbitConfig as PlainConfig
+from kbit.integrations.asked import check_stored, with_run_time
 from kbit.integrations.transformers import keys, offload, ties
 from kbit.integrations.transformers.heap import Trimmer, trim
 from kbit.integrations.transformers.pieces import quantize_in_pieces
@@ -52,12 +54,34 @@ def register() -> None:
     # The plain class: what users put into a quant_mapping is checked to be an instance of a registered one.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PlainConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = KbitDiffusersQuantizer
+    _wrap_merge(auto.DiffusersAutoQuantizer)
     for listeners, function in (
         (convert.on_quantized, attach_to_diffusers),
         (convert.on_dequantized, detach_from_diffusers),
     ):
         if function.__name__ not in [known.__name__ for known in listeners]:
             listeners.append(function)  # type: ignore[arg-type]
+
+
+def _wrap_merge(quantizers: Any) -> None:
+    """Have a KbitConfig that is passed beside a quantized checkpoint mean what it does for transformers."""
+    merge = quantizers.merge_quantization_configs
+    if hasattr(merge, "_kbit"):
+        return
+
+    @functools.wraps(merge)
+    def merge_or_take(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        asked = quantization_config_from_args
+        if not isinstance(asked, PlainConfig):
+            return merge(quantization_config, asked)
+        config = merge(quantization_config, None)
+        if not isinstance(config, PlainConfig):
+            return merge(quantization_config, asked)  # another library's checkpoint: diffusers' warning
+        check_stored(config, asked, "bits", "format", "double_quant", "block_size")
+        return with_run_time(config, asked)
+
+    merge_or_take._kbit = True  # type: ignore[attr-defined]
+    quantizers.merge_quantization_configs = staticmethod(merge_or_take)
 
 
 class KbitDiffusersQuantizer(DiffusersQuantizer):

@@ -172,6 +172,13 @@ def test_one_model(path: Path, tmp_path: Path, options: dict[str, Any], dtype: t
     for where in (None, {"": "cpu"}):
         assert_same_bits(cls.from_pretrained(tmp_path / "q", torch_dtype=dtype, device_map=where), model)
 
+    other = cls.from_pretrained(
+        tmp_path / "q", quantization_config=kbit.KbitConfig(bits=config.bits, compute_dtype="float16")
+    )
+    assert {m.compute_dtype for m in quantized(other).values() if isinstance(m, torch.nn.Linear)} == {torch.float16}
+    with pytest.raises(ValueError, match=f"stored with bits={config.bits}"):
+        cls.from_pretrained(tmp_path / "q", quantization_config=kbit.KbitConfig(bits=12 - config.bits))
+
     plain = model.dequantize()
     assert plain is model and not quantized(model) and type(model.transformer_blocks[0].attn.to_q) is torch.nn.Linear
     model.save_pretrained(tmp_path / "plain")

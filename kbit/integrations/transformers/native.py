@@ -9,8 +9,6 @@ asking for another storage is an error.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -19,6 +17,7 @@ from typing import Any
 
 from kbit.config import QUANT_METHOD, RUN_TIME_SETTINGS
 from kbit.config import KbitConfig as PlainConfig
+from kbit.integrations.asked import check_stored, with_run_time
 from kbit.integrations.transformers.config import KbitConfig
 
 logger = logging.getLogger("kbit")
@@ -31,29 +30,6 @@ def is_bitsandbytes(config: Any) -> bool:
 
 def _importable() -> bool:
     return "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is not None
-
-
-def check_stored(config: PlainConfig, asked: PlainConfig, *names: str) -> None:
-    """ValueError where `asked` spells out another storage than that of the checkpoint with `config`."""
-    for name in names:
-        wanted, stored = getattr(asked, name), getattr(config, name)
-        if name in asked.asked and wanted != stored and not (config.bits == 8 and name == "double_quant"):
-            fmt = config.weight_format if "block_size" in names else config.format
-            raise ValueError(
-                f"the checkpoint is stored with {name}={stored!r} ({fmt}), quantization_config asks for {wanted!r}: "
-                f"leave {name} out, or quantize the floating point model"
-            )
-
-
-def with_run_time(config: KbitConfig, asked: PlainConfig) -> KbitConfig:
-    """A copy of `config` that multiplies as `asked` spells out; what is stored stays. ValueError as from KbitConfig."""
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(PlainConfig)}
-    settings |= {name: getattr(asked, name) for name in asked.asked & set(RUN_TIME_SETTINGS)}
-    PlainConfig(**settings)  # refuses what these bits would ignore
-    config = copy.copy(config)
-    for name in RUN_TIME_SETTINGS:
-        setattr(config, name, settings[name])
-    return config
 
 
 def _warn_of_modules(config: PlainConfig, asked: PlainConfig) -> None:
