@@ -82,7 +82,9 @@ def check(a, b, exact=False):
             assert (~close).sum() <= 2 + ours.numel() // 200, key
             torch.testing.assert_close(ours, plain, rtol=2**-6, atol=2**-6)
         else:
-            torch.testing.assert_close(ours, plain, rtol=2e-6, atol=2e-7)
+            # A state near zero may be a sum of parts of opposite sign, each right to its own last bit.
+            largest = float(plain.abs().max()) if plain.numel() else 1.0
+            torch.testing.assert_close(ours, plain, rtol=2e-6, atol=2e-7 * max(1.0, largest))
 
 
 @pytest.mark.parametrize("bits", [8, 32])
