@@ -377,18 +377,19 @@ bool strip_rows(const Task& t, const Tokens<L>& x, int64_t n0, int64_t n1, int64
 // Few tokens, W decoded in registers.
 template <class L, bool SMALL>
 bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
+    constexpr int R = sizeof(typename L::Elem) == 2 ? 4 : 2;  // rows at once; more would need registers that fp32 has not
     switch (t.m) {
         case 1: return fused_rows<L, SMALL, 4, 1>(t, x, ldx, n0, n1);
         case 2: return fused_rows<L, SMALL, 4, 2>(t, x, ldx, n0, n1);
-        case 3: return fused_rows<L, SMALL, 2, 3>(t, x, ldx, n0, n1);
-        case 4: return fused_rows<L, SMALL, 2, 4>(t, x, ldx, n0, n1);
+        case 3: return fused_rows<L, SMALL, R, 3>(t, x, ldx, n0, n1);
+        case 4: return fused_rows<L, SMALL, R, 4>(t, x, ldx, n0, n1);
     }
     if constexpr (sizeof(typename L::Elem) == 2) {  // more rows of fp32 would leave the L1 cache
         switch (t.m) {
-            case 5: return fused_rows<L, SMALL, 2, 5>(t, x, ldx, n0, n1);
-            case 6: return fused_rows<L, SMALL, 2, 6>(t, x, ldx, n0, n1);
-            case 7: return fused_rows<L, SMALL, 2, 7>(t, x, ldx, n0, n1);
-            default: return fused_rows<L, SMALL, 2, 8>(t, x, ldx, n0, n1);
+            case 5: return fused_rows<L, SMALL, 4, 5>(t, x, ldx, n0, n1);
+            case 6: return fused_rows<L, SMALL, 3, 6>(t, x, ldx, n0, n1);
+            case 7: return fused_rows<L, SMALL, 3, 7>(t, x, ldx, n0, n1);
+            default: return fused_rows<L, SMALL, 3, 8>(t, x, ldx, n0, n1);
         }
     }
     return false;
