@@ -218,7 +218,7 @@ def plot(result: dict[str, Any], path: str) -> None:
     import matplotlib.pyplot as plt
 
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in result["rows"]))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(4.6 * len(shapes), 3.8), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4.6 * len(shapes), 4.2), sharey=True, squeeze=False)
     for axis, (n, k) in zip(axes[0], shapes, strict=True):
         rows = [row for row in result["rows"] if (row["n"], row["k"]) == (n, k)]
         labels = dict.fromkeys(key for row in rows for key in row if isinstance(row[key], dict) and key != "bf16")
@@ -233,9 +233,10 @@ def plot(result: dict[str, Any], path: str) -> None:
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("speed over bf16 cuBLAS")
-    axes[0][-1].legend(fontsize=7)
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=4, fontsize=8)
     figure.suptitle(f"LLM.int8() linear layers, bf16 input, {result['device']}", fontsize=11)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
