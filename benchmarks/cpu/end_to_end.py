@@ -110,6 +110,20 @@ class Decoder:
             self.step = torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
+    def check(self, prompt: Tensor) -> None:
+        """Raise ValueError unless a compiled step's logits are those of the model as it is, within bf16's rounding."""
+        logits = []
+        for attention, forward in (("sdpa", self.model.forward), ("packed", self.step)):
+            self.cache.reset()
+            token = self.model(prompt, past_key_values=self.cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            self.model.set_attn_implementation(attention)
+            logits.append(forward(token, past_key_values=self.cache).logits.float())
+            self.model.set_attn_implementation("sdpa")
+        error = float((logits[0] - logits[1]).norm() / logits[0].norm())
+        if not error < 0.05:
+            raise ValueError(f"the compiled step's logits differ from the model's by {error:.3f} of their norm")
+
+    @torch.inference_mode()
     def measure(self, prompt: Tensor, steps: int) -> tuple[float, float]:
         """Tokens a second of `steps` greedy steps after the prompt, and of the prompt."""
         self.cache.reset()
@@ -183,6 +197,8 @@ def main() -> None:
     prefill: dict[str, list[float]] = {name: [] for name in decoders}
     for name, decoder in decoders.items():
         begin = time.perf_counter()
+        if decoder.compiled:
+            decoder.check(prompt[:, :64])
         decoder.measure(prompt[:, :64], 3)
         if decoder.compiled:
             rows[name] = {"compile_s": round(time.perf_counter() - begin, 1)}
