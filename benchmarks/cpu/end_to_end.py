@@ -21,9 +21,11 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +44,7 @@ from kbit.assets import demo_model
 COMPILED = " compiled"
 FORMATS = "bf16,kbit nf4,kbit nf4+head,kbit int8,bitsandbytes nf4,bitsandbytes int8"
 FORMATS += f",bf16{COMPILED},kbit nf4{COMPILED},kbit nf4+head{COMPILED}"
+CORES = range(os.cpu_count() or 1)
 LLAMA = Path(__file__).with_name("llama_gguf.py")
 
 
@@ -146,7 +149,13 @@ class Decoder:
 def llama(args: argparse.Namespace) -> dict[str, Any]:
     command = [args.llama_python, str(LLAMA), str(args.llama_model), "--format", "Q4_0"]
     command += ["--threads", str(args.threads), "--prefill", str(args.prefill), "--decode", str(args.decode)]
-    done = subprocess.run([*command, "--turns", "1"], capture_output=True, text=True, check=True)
+    # With OMP_PROC_BIND this thread is bound to one core, which a process that it starts would share among its threads.
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        done = subprocess.run([*command, "--turns", "1"], capture_output=True, text=True, check=True)
+    finally:
+        os.sched_setaffinity(0, bound)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -205,6 +214,7 @@ def main() -> None:
     for _ in range(args.turns):
         for name, decoder in decoders.items():
             a, b = decoder.measure(prompt, args.decode)
+            print(f"{name}: {a:.2f} and {b:.1f} tokens a second", file=sys.stderr)
             decode[name].append(a)
             prefill[name].append(b)
         if args.llama_python:
