@@ -250,6 +250,7 @@ class RMSprop(KbitOptimizer):
 
     alpha: decay of the average of squares, in [0, 1). eps: added to its root.
     momentum: weight of past updates; 0 for none. centered: divide by the deviation instead of the root of the squares.
+        Centered states have 32 bits whatever `optim_bits` says: their difference would be lost among codes.
     weight_decay: added to the gradient, times the parameter.
     lr, optim_bits, args, min_8bit_size, options: as in Adam.
 

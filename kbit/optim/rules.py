@@ -65,6 +65,7 @@ class StateSpec:
 
 
 EXP_AVG, EXP_AVG_SQ = StateSpec("exp_avg", True), StateSpec("exp_avg_sq", False)
+SQUARE_AVG, GRAD_AVG = StateSpec("square_avg", False), StateSpec("grad_avg", True)
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ def rule_for(name: str, config: Mapping[str, Any]) -> Rule:
         return Rule(SGD, COUPLED, norm, flags, buffers)
     if name == "rmsprop":
         flags = (MOMENTUM if config["momentum"] > 0 else 0) | (CENTERED if config["centered"] else 0)
-        states: tuple[StateSpec, ...] = (StateSpec("square_avg", False),)
+        states: tuple[StateSpec, ...] = (SQUARE_AVG,)
         if flags & MOMENTUM:
             states += (StateSpec("momentum_buffer", True),)
         if flags & CENTERED:
-            states += (StateSpec("grad_avg", True),)
+            states += (GRAD_AVG,)
         return Rule(RMSPROP, COUPLED, norm, flags, states)
     if name == "adagrad":
         return Rule(ADAGRAD, COUPLED, norm, 0, (StateSpec("sum", False),))
@@ -193,7 +194,7 @@ def advance(rule: Rule, p: Tensor, g: Tensor, old: Sequence[Tensor], h: Scalars)
         average = None
         if rule.flags & CENTERED:
             average = old[-1] * h.b1 + g * h.c1
-            # Quantized states may put the variance a little below zero.
+            # Rounding may put the variance a little below zero. (States of 8 bits would far too often: never here.)
             spread = (square - average * average).clamp(min=0.0)
         direction = g / (sqrt(spread) + h.eps)
         if rule.flags & MOMENTUM:

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbit.formats.blocks import dequantize_dynamic, quantize_dynamic
+from kbit.formats.blocks import block_absmax, dequantize_dynamic, per_element, quantize_dynamic
 from kbit.formats.codebooks import codebook
 from kbit.optim import sharding
-from kbit.optim.rules import StateSpec
+from kbit.optim.rules import GRAD_AVG, SQUARE_AVG, StateSpec
 
 BLOCK_SIZE = 256
 # Below this many elements a paged optimizer keeps states on the device: the transfer would cost more than it saves.
@@ -57,8 +57,11 @@ def absmax_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def wants_8bit(count: int, config: dict[str, Any]) -> bool:
-    """Whether a parameter of `count` elements (its full size, not a shard's) has 8-bit states."""
-    return config["optim_bits"] == 8 and count >= config["min_8bit_size"]
+    """Whether a parameter of `count` elements (its full size, not a shard's) has 8-bit states.
+
+    Never with `centered`: the variance is a small difference of two states, and the rounding of codes takes it to 0.
+    """
+    return config["optim_bits"] == 8 and count >= config["min_8bit_size"] and not config.get("centered", False)
 
 
 def wants_paging(p: Tensor, config: dict[str, Any]) -> bool:
@@ -94,17 +97,53 @@ def read(state: dict[str, Any], spec: StateSpec, device: torch.device) -> Tensor
     return dequantize_dynamic(stored, absmax, spec.signed, BLOCK_SIZE, torch.float32)
 
 
-def write(state: dict[str, Any], spec: StateSpec, values: Tensor) -> None:
-    """Store fp32 values, shaped like (this rank's part of) the parameter, in place."""
+def write(state: dict[str, Any], spec: StateSpec, values: Tensor, again: bool = False) -> None:
+    """Store fp32 values, shaped like (this rank's part of) the parameter, in place.
+
+    again: they may have been codes before (`requantize`).
+    """
     stored = sharding.local(state[spec.name])
     if stored.dtype != torch.uint8:
         stored.copy_(values)
         return
     values = flush(values)
-    codes, absmax = quantize_dynamic(values, spec.signed, BLOCK_SIZE)
+    codes, absmax = requantize(values, spec.signed) if again else quantize_dynamic(values, spec.signed, BLOCK_SIZE)
     stored.copy_(codes if spec.signed else lift(codes, values > 0))
     kept = sharding.local(state[absmax_key(spec.name)])
     kept.copy_(absmax.view(kept.shape))
+
+
+def requantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """`quantize_dynamic` of fp32 values that may have been codes: decoded codes give the same values again.
+
+    The signed map ends at 1 and at about -0.993. A block whose largest magnitude was negative decodes to -0.993 of its
+    scale, and quantized under that smaller scale its other elements would move. So where the scale that has the
+    extreme at -0.993 reproduces the whole block exactly, that scale is the block's.
+    """
+    # In pieces of whole blocks, since each has several temporaries.
+    pieces = [_requantize(piece, signed) for piece in values.reshape(-1).split(BLOCK_SIZE << 13)]
+    codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return codes.view(values.shape), absmax
+
+
+def _requantize(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes, absmax = quantize_dynamic(flat, signed, BLOCK_SIZE)
+    count = flat.numel()
+    if not signed or not count:
+        return codes, absmax
+    extreme = (flat == -per_element(absmax, BLOCK_SIZE, count)) & (flat < 0)
+    candidate = block_absmax(extreme.float(), BLOCK_SIZE) > 0
+    guess = absmax / -codebook("dynamic8", flat.device)[0]
+    for scale in (guess, guess.nextafter(2 * guess), guess.nextafter(0 * guess)):  # the product was rounded
+        # With the extreme made positive, the scale is the block's absmax.
+        raised = torch.where(extreme, per_element(scale, BLOCK_SIZE, count), flat)
+        others, same = quantize_dynamic(raised, True, BLOCK_SIZE)
+        others = others.masked_fill(extreme, 0)
+        off = dequantize_dynamic(others, same, True, BLOCK_SIZE, torch.float32) != flat
+        taken = candidate & (block_absmax(off.float(), BLOCK_SIZE) == 0)
+        codes = torch.where(per_element(taken, BLOCK_SIZE, count), others, codes)
+        absmax = torch.where(taken, same, absmax)
+    return codes, absmax
 
 
 def flush(values: Tensor) -> Tensor:
@@ -124,7 +163,10 @@ def convert(state: dict[str, Any], spec: StateSpec, like: Tensor, bits8: bool, p
         values = read(state, spec, like.device)
         state.pop(absmax_key(spec.name), None)
         create(state, spec, like, bits8, paged)
-        write(state, spec, values)
+        write(state, spec, values, again=True)
+        if spec == GRAD_AVG and not bits8:
+            # Codes do not tell the variance of a centered RMSprop: at least the mean's square is safe, and fades.
+            write(state, SQUARE_AVG, read(state, SQUARE_AVG, values.device).maximum(2 * values.square()))
     elif paged and not (stored.device.type == "cpu" and stored.is_pinned()):
         state[spec.name] = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
     elif not paged and stored.device != like.device:

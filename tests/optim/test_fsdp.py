@@ -35,6 +35,13 @@ def launch(world: int, folder: Path, what: str) -> None:
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(logs)[-4000:]
 
 
+def load_worker():
+    spec = importlib.util.spec_from_file_location("fsdp_worker", WORKER)
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    return worker
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
@@ -43,9 +50,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_two_ranks_equal_the_unsharded_optimizer(trained):
-    spec = importlib.util.spec_from_file_location("fsdp_worker", WORKER)
-    worker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker)
+    worker = load_worker()
     net = worker.model()
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = optim.AdamW8bit(net.parameters(), lr=0.01)
@@ -68,10 +73,32 @@ def test_checkpoint_reshards(trained, world):
     loaded = torch.load(trained / f"loaded-{world}.pt", weights_only=True)
     assert saved.keys() == loaded.keys()
     for key, value in saved.items():
-        if "1.weight" in key:  # saved as fp32 values, quantized again in each rank's blocks
+        if "1.weight" in key and world != 2:  # saved as fp32 values, quantized again in each rank's blocks
             if key.startswith("1.weight.exp"):
                 assert (loaded[key] - value).norm() < 0.02 * value.norm(), key
             elif "p." in key:
                 assert (loaded[key] - value).abs().max() < 0.01, key
             continue
         assert torch.equal(loaded[key], value), key
+
+
+def test_checkpoint_reaches_an_unsharded_optimizer(trained, tmp_path):
+    """By way of one file, as the guide says: codes of whole rows as they are, fp32 values of the others as codes."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    worker = load_worker()
+    net = worker.model()
+    saved = torch.load(trained / "trained.pt", weights_only=True)
+    net.load_state_dict({name: saved[f"p.{name}"] for name, _ in net.named_parameters()})
+    optimizer = optim.AdamW8bit(net.parameters(), lr=0.01)
+    dcp_to_torch_save(trained / "checkpoint", tmp_path / "optimizer.pt")
+    states = torch.load(tmp_path / "optimizer.pt", weights_only=True)["optimizer"]
+    set_optimizer_state_dict(net, optimizer, states, options=StateDictOptions(full_state_dict=True))
+    for name, p in net.named_parameters():
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(saved[f"{name}.{key}"], value), (name, key)
+    worker.steps(net, optimizer, 2, seed=2)
+    for name, p in net.named_parameters():
+        same = saved[f"after.p.{name}"]
+        assert torch.equal(p, same) if name != "1.weight" else (p - same).abs().max() < 0.01, name

@@ -7,6 +7,7 @@ import torch
 
 import kbit.optim as optim
 from kbit.formats.blocks import dequantize_dynamic, quantize_dynamic
+from kbit.optim.state import requantize
 
 BACKENDS = ("torch", "native")
 EIGHT = [
@@ -15,6 +16,7 @@ EIGHT = [
     ("AdEMAMix8bit", {"t_alpha": 10, "t_beta3": 10, "alpha": 1.0}),
     ("Lion8bit", {"weight_decay": 0.1}),
     ("SGD8bit", {"lr": 0.01, "momentum": 0.9}),
+    ("RMSprop8bit", {"momentum": 0.9}),
     ("RMSprop8bit", {"momentum": 0.9, "centered": True}),
     ("Adagrad8bit", {}),
     ("LAMB8bit", {"weight_decay": 0.01}),
@@ -264,3 +266,76 @@ def test_dequantized_state_is_close_to_the_32_bit_one():
     s = o8.state[p8]
     m = dequantize_dynamic(s["exp_avg"], s["exp_avg_absmax"], True, 256, torch.float32)
     assert (m - o32.state[p32]["exp_avg"]).norm() < 0.03 * o32.state[p32]["exp_avg"].norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_centered_rmsprop_has_32_bit_states_and_torchs_steps(backend):
+    """The difference of two 8-bit states reached 0, and one step divided by eps alone."""
+    ours, theirs = (torch.nn.Parameter(torch.zeros(4096)) for _ in range(2))
+    optimizer = optim.RMSprop8bit([ours], lr=1e-3, centered=True)
+    optimizer.backend = backend
+    other = torch.optim.RMSprop([theirs], lr=1e-3, centered=True)
+    for _ in range(100):
+        ours.grad = 1 + 0.2 * torch.randn(4096)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        other.step()
+    assert set(optimizer.state[ours]) == {"step", "square_avg", "grad_avg"}
+    assert all(value.dtype == torch.float32 for value in optimizer.state[ours].values())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_8_bit_states_of_a_centered_rmsprop_load_without_a_leap(bits):
+    """Earlier versions saved codes, whose variance may be 0: the loaded run's steps stay of the usual size."""
+    p = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = optim.RMSprop([p], lr=1e-3, centered=True)
+    for _ in range(100):
+        p.grad = 1 + 0.1 * torch.randn(4096)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    for name, signed in (("square_avg", False), ("grad_avg", True)):
+        codes, absmax = quantize_dynamic(saved["state"][0][name], signed, 256)
+        saved["state"][0] |= {name: codes, f"{name}_absmax": absmax}
+    loaded = optim.RMSprop([p], lr=1e-3, centered=True, optim_bits=bits)
+    loaded.load_state_dict(saved)
+    for _ in range(100):
+        before = p.detach().clone()
+        p.grad = 1 + 0.1 * torch.randn(4096)
+        loaded.step()
+        assert (p - before).abs().max() < 0.02  # 20 learning rates; the deviation asks for about 10
+    assert loaded.state[p]["square_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 256, 1000, (256 << 13) + 300])
+def test_decoded_codes_become_the_same_codes_again(count, signed):
+    values = torch.randn(count) * torch.rand(count) ** 3
+    codes, absmax = quantize_dynamic(values if signed else values.square(), signed, 256)
+    decoded = dequantize_dynamic(codes, absmax, signed, 256, torch.float32)
+    for ours, first in zip(requantize(decoded, signed), (codes, absmax), strict=True):
+        assert torch.equal(ours, first)
+    # Other values get the nearest codes as ever: no block of these is one of decoded codes.
+    for ours, plain in zip(
+        requantize(values.abs() - 2, True), quantize_dynamic(values.abs() - 2, True, 256), strict=True
+    ):
+        assert count == 1 or torch.equal(ours, plain)
+
+
+def test_a_run_by_way_of_32_bits_continues_to_the_bit():
+    p = torch.nn.Parameter(torch.randn(70, 100))
+    optimizer = optim.AdamW8bit([p])
+    for _ in range(3):
+        p.grad = torch.randn(70, 100)
+        optimizer.step()
+    wide, again = optim.AdamW32bit([p]), optim.AdamW8bit([torch.nn.Parameter(p.detach().clone())])
+    wide.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(wide.state_dict())
+    (q,) = again.param_groups[0]["params"]
+    p.grad = torch.randn(70, 100)
+    q.grad = p.grad.clone()
+    optimizer.step()
+    again.step()
+    assert torch.equal(p, q)
+    for key, value in optimizer.state[p].items():
+        assert torch.equal(value, again.state[q][key]), key
