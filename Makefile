@@ -63,7 +63,7 @@ native-sanitize: $(VENV)/.installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 CXX=g++ \
 	KBIT_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1" \
 	$(VENV)/bin/python -m pytest -p no:xdist -q tests/kernels/test_cpu_quantize.py tests/kernels/test_cpu_linear_8bit.py \
-	  tests/kernels/test_cpu_linear4bit.py tests/optim/test_native.py
+	  tests/kernels/test_cpu_linear4bit.py tests/ops/test_group.py tests/optim/test_native.py
 
 # ARM: what the compiler accepts, and what comes out, on any machine with g++-aarch64-linux-gnu and qemu-user.
 ARM_CXX ?= aarch64-linux-gnu-g++

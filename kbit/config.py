@@ -85,14 +85,16 @@ class KbitConfig:
     _spelled_out = frozenset[str]()  # no annotation: not a field
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note which settings were spelled out: see `asked`."""
+        """Note which settings were spelled out: see `asked`. All of them are those of a copy (`dataclasses.replace`,
+        `from_dict`), where only what is not the default was asked for."""
         config = super().__new__(cls)
-        names = [field.name for field in dataclasses.fields(KbitConfig)]
+        names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(kwargs.keys() - set(names)):
             name = unknown[0]
             meant = f"use {_NAMES_ELSEWHERE[name]}" if name in _NAMES_ELSEWHERE else f"known: {', '.join(names)}"
             raise TypeError(f"KbitConfig has no setting {name!r}; {meant}")
-        config._spelled_out = frozenset([*names[: len(args)], *kwargs])
+        given = frozenset([*names[: len(args)], *kwargs])
+        config._spelled_out = given if len(given) < len(names) else frozenset()
         return config
 
     def __post_init__(self) -> None:

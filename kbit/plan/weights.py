@@ -23,8 +23,8 @@ class WeightPlan:
 
     quantized: codes and all scales of the quantized layers. other: what stays in floating point (embeddings, output
     head, norms, biases). buffers: registered buffers. replaced: bytes that the quantized layers' weights took before.
-    largest: bytes of the largest of those, all experts of a projection as one: products of many tokens dequantize a
-    whole 4-bit weight, and LLM.int8() sets a 16-bit copy aside for inputs with many outlier columns.
+    largest: bytes of the largest of those, all experts of a projection as one: products of many tokens and
+    gradients may decode a whole weight to 16 bits (which ones do depends on the device, see `kbit.ops.choose`).
     """
 
     format: str

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -90,6 +91,20 @@ def test_what_was_asked():
     config.int8_activations = False
     assert config.asked == {"bits", "format", "outlier_threshold", "int8_activations"}
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_copy_asks_for_what_is_not_the_default():
+    assert dataclasses.replace(KbitConfig(), compute_dtype=torch.float32).asked == {"compute_dtype"}
+    assert KbitConfig.from_dict(KbitConfig(format="fp4").to_dict()).asked == {"format"}
+
+
+def test_a_subclass_may_have_settings_of_its_own():
+    @dataclasses.dataclass
+    class Mine(KbitConfig):
+        note: str = ""
+
+    assert Mine(note="x").note == "x"
+    assert Mine(bits=8, note="x").asked == {"bits"}
 
 
 def test_the_callers_list_is_copied():

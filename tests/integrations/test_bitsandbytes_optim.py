@@ -59,6 +59,23 @@ def test_overrides_apply_whenever_they_are_registered(early: bool) -> None:
         manager.override_config(a)
 
 
+def test_a_refused_override_loses_none() -> None:
+    refused, kept = (nn.Parameter(torch.randn(8192)) for _ in range(2))
+    manager = GlobalOptimManager.get_instance()
+    manager.override_config(refused, "optim_bits", 7)
+    manager.override_config(kept, "optim_bits", 32)
+    opt = optim.AdamW8bit([refused, kept])
+    for p in (refused, kept):
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="optim_bits"):
+            opt.step()
+    manager.override_config(refused, "optim_bits", 8)
+    opt.step()
+    assert opt.state[refused]["exp_avg"].dtype == torch.uint8
+    assert opt.state[kept]["exp_avg"].dtype == torch.float32
+
+
 def test_the_manager_holds_no_model_alive() -> None:
     manager = GlobalOptimManager.get_instance()
     table = StableEmbedding(10, 8)

@@ -72,11 +72,11 @@ class _Managed(native.KbitOptimizer):
     def _take_overrides(self) -> None:
         manager = GlobalOptimManager.get_instance()
         if manager.version != self._seen_overrides:
-            self._seen_overrides = manager.version
             own = {p for group in self.param_groups for p in group["params"]}
             for p, config in manager.overrides():
                 if p in own and config:
                     self.override(p, **config)
+            self._seen_overrides = manager.version  # last: one that is refused is refused again, and none is lost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

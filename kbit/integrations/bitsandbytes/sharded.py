@@ -47,15 +47,16 @@ def parts_of_every_rank(name: str, packed: Tensor, parts: dict[str, Any], weight
 def load_sharded(module: Any, name: str, packed: Tensor, parts: dict[str, Any]) -> None:
     """Take over the state in `parts`; `packed` is the DTensor of its codes, which loading copies into the layer's.
 
-    ValueError where they do not fit each other or the layer, or where the layer was never quantized.
+    ValueError where they do not fit each other or the layer, or where the layer was never quantized; with
+    `broadcast_from_rank0` torch has written the codes by then, so the model has to be loaded anew.
     """
     weight = module.weight
+    parts = parts_of_every_rank(name, packed, parts, weight)  # first: no rank may wait for one that raised
     if module.quant_state is None:
         raise ValueError(
             f"{name} is sharded but was never quantized, so there is no place for its codes: move the model to a "
             "device before fully_shard, or load the state dict before sharding"
         )
-    parts = parts_of_every_rank(name, packed, parts, weight)
     if not is_sharded(packed):
         raise ValueError(
             f"{name} is sharded, but its codes in the state dict are whole: load it with "
