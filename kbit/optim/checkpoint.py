@@ -143,6 +143,12 @@ def _take(
                 f"state {spec.name!r} of {where} holds negative values, but it is an average or a sum of squares: the "
                 "checkpoint is another algorithm's, or damaged"
             )
+        if states.are_numbers_of_codes(stored):
+            raise ValueError(
+                f"state {spec.name!r} of {where} holds 8-bit codes as {stored.dtype} numbers: the checkpoint was read "
+                "into an optimizer with 32-bit states. Read it into one with the bits that it was saved with, or "
+                "convert it first (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"
+            )
         stored = sharding.distribute(stored, p)
         device = stored.device if bits8 and not sharding.is_sharded(p) else p.device
         fresh[spec.name] = stored.detach().to(device=device, dtype=torch.float32, copy=True).contiguous()

@@ -146,6 +146,15 @@ def _requantize(flat: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
+def are_numbers_of_codes(values: Tensor) -> bool:
+    """Whether fp32 values are codes that were copied as numbers, as torch.distributed.checkpoint does without a word.
+
+    Many different whole numbers from 0 to 255 and nothing else: no average of gradients looks like that.
+    """
+    some = sharding.local(values).reshape(-1)[: 16 * BLOCK_SIZE]
+    return bool(((some == some.round()) & (some >= 0) & (some <= 255)).all()) and some.unique().numel() > 16
+
+
 def flush(values: Tensor) -> Tensor:
     """Zero instead of subnormal numbers."""
     return values.masked_fill(values.abs() < SMALLEST, 0.0)

@@ -102,3 +102,21 @@ def test_checkpoint_reaches_an_unsharded_optimizer(trained, tmp_path):
     for name, p in net.named_parameters():
         same = saved[f"after.p.{name}"]
         assert torch.equal(p, same) if name != "1.weight" else (p - same).abs().max() < 0.01, name
+
+
+def test_codes_that_were_read_as_numbers_are_refused(tmp_path):
+    """torch.distributed.checkpoint copies uint8 into fp32 without a word."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    worker = load_worker()
+    net = worker.model()
+    optimizer = optim.AdamW8bit(net.parameters())
+    worker.steps(net, optimizer, 1, seed=1)
+    dcp.save(get_optimizer_state_dict(net, optimizer), checkpoint_id=tmp_path)
+    net.zero_grad()
+    wide = optim.AdamW32bit(net.parameters())
+    states = get_optimizer_state_dict(net, wide)
+    dcp.load(states, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="8-bit codes as torch.float32 numbers"):
+        set_optimizer_state_dict(net, wide, states)
