@@ -7,86 +7,10 @@
 // kbit_decode_4bit     W[n0:n1, k0:k1] -> a dense buffer, for products that a matrix library does, and for dequantizing.
 // kbit_embedding_4bit  rows of W by index -> a dense buffer.
 
-#include "decode_4bit.h"
-#include "dynamic_map.h"
+#include "fused_4bit.h"
 #include "outer_4bit.h"
 
 namespace {
-
-struct Weight {
-    const uint8_t* codes;        // packed pairs in flat order, the even element in the high nibble
-    const void* absmax;          // fp32 [B], or uint8 codes [B] of double quantization
-    const float* nested_absmax;  // fp32 [ceil(B / 256)], or null
-    const float* nested_offset;  // fp32 [1]
-    const float* dynamic_map;    // fp32 [256]
-    const float* codebook;       // fp32 [16]
-    int64_t n, k, block_size;
-};
-
-struct Task {
-    Weight w;
-    const void* x;     // [M, K], rows x_stride elements apart; embedding: int64 indices [M]
-    const void* bias;  // [n1 - n0] in x's dtype, or null
-    void* out;         // product: [M, n1 - n0]; decode: [n1 - n0, k1 - k0]; embedding: [M, K]
-    int64_t m, x_stride;
-    int64_t n0, n1, k0, k1;  // the part of W that takes part
-    int32_t dtype, threads;  // Dtype of x, bias and out
-};
-
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-thread_local Scratch packed_x, scratch;
-
-// ---- scales ----
-
-inline float scale_at(const Weight& w, int64_t block) {
-    if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[block];
-    float product = w.dynamic_map[static_cast<const uint8_t*>(w.absmax)[block]] * w.nested_absmax[block >> 8];
-    return product + w.nested_offset[0];
-}
-
-// `count` scales of one nested block.
-inline void nested_scales(const Weight& w, const uint8_t* codes, int64_t count, float nested, float offset, float* out) {
-    int64_t i = 0;
-#if defined(KBIT_AVX512)
-    for (; i < count; i += 16) {
-        __mmask16 live = __mmask16(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
-        __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(live, codes + i));
-        __m512 product = _mm512_mul_ps(lookup<256>(w.dynamic_map, index), _mm512_set1_ps(nested));
-        _mm512_mask_storeu_ps(out + i, live, _mm512_add_ps(product, _mm512_set1_ps(offset)));
-    }
-#endif
-    for (; i < count; ++i) {
-        float product = w.dynamic_map[codes[i]] * nested;
-        out[i] = product + offset;
-    }
-}
-
-// Scales of `count` pieces of `piece` weights (64, or 32) that begin at flat position `first`, zeros up to `padded`.
-void piece_scales(const Weight& w, int64_t first, int64_t count, int64_t padded, int64_t piece, float* out) {
-    int64_t block = first / w.block_size, each = w.block_size / piece;
-    if (each == 1) {
-        if (!w.nested_absmax) {
-            std::memcpy(out, static_cast<const float*>(w.absmax) + block, size_t(count) * sizeof(float));
-        } else {
-            const uint8_t* codes = static_cast<const uint8_t*>(w.absmax);
-            float offset = w.nested_offset[0];
-            for (int64_t i = 0; i < count;) {
-                float nested = w.nested_absmax[(block + i) >> 8];
-                int64_t end = min_of(count, i + 256 - ((block + i) & 255));
-                nested_scales(w, codes + block + i, end - i, nested, offset, out + i);
-                i = end;
-            }
-        }
-    } else {
-        for (int64_t i = 0; i < count;) {
-            float scale = scale_at(w, (first + i * piece) / w.block_size);
-            int64_t end = min_of(count, i + each - ((first / piece + i) & (each - 1)));
-            for (; i < end; ++i) out[i] = scale;
-        }
-    }
-    for (int64_t i = count; i < padded; ++i) out[i] = 0.0f;
-}
 
 // ---- activations ----
 
@@ -116,115 +40,6 @@ template <class L> void pack_row(const void* x, int64_t row, const Task& t, int6
 }
 
 // ---- products ----
-
-// R rows of W times MT rows of packed x, W decoded in registers.
-template <class L, bool SMALL, int R, int MT> struct Fused {
-    typename L::Acc acc[R][MT];
-
-    template <int J> static inline void vector(typename L::Acc (&acc)[R][MT], const typename L::Codes (&codes)[R],
-                                               const typename L::Table (&tables)[R], const typename L::Elem* x,
-                                               int64_t ldx) {
-        if constexpr (MT == 1) {
-            typename L::Vec v = L::load_vec(x + J * L::LANES);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r)
-                acc[r][0] = L::dot(acc[r][0], L::template decode<SMALL, J>(codes[r], tables[r]), v);
-        } else {
-            typename L::Vec w[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) w[r] = L::template decode<SMALL, J>(codes[r], tables[r]);
-#pragma GCC unroll 8
-            for (int m = 0; m < MT; ++m) {
-                typename L::Vec v = L::load_vec(x + m * ldx + J * L::LANES);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) acc[r][m] = L::dot(acc[r][m], w[r], v);
-            }
-        }
-    }
-
-    static inline void chunk(typename L::Acc (&acc)[R][MT], const uint8_t* const (&p)[R], const float* codebook,
-                             const float* scales, int64_t ld_scales, const typename L::Elem* x, int64_t ldx) {
-        typename L::Codes codes[R];
-        typename L::Table tables[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            codes[r] = L::template load<SMALL>(p[r]);
-            tables[r] = L::template table<SMALL>(codebook, scales + r * ld_scales);
-        }
-        vector<0>(acc, codes, tables, x, ldx);
-        vector<1>(acc, codes, tables, x, ldx);
-        vector<2>(acc, codes, tables, x, ldx);
-        vector<3>(acc, codes, tables, x, ldx);
-        if constexpr (L::VECTORS == 8) {
-            vector<4>(acc, codes, tables, x, ldx);
-            vector<5>(acc, codes, tables, x, ldx);
-            vector<6>(acc, codes, tables, x, ldx);
-            vector<7>(acc, codes, tables, x, ldx);
-        }
-    }
-
-    // rows: R consecutive rows of codes from `codes`; sums go to out[r * MT + m].
-    static void run(const uint8_t* codes, int64_t row_bytes, const float* codebook, const float* scales,
-                    int64_t ld_scales, const typename L::Elem* x, int64_t ldx, float* out, const uint8_t* end) {
-        typename L::Acc acc[R][MT];
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < MT; ++m) acc[r][m] = L::zero();
-        constexpr int BYTES = L::CHUNK / 2, PER = L::CHUNK / (SMALL ? 32 : 64);
-        int64_t whole = row_bytes / BYTES;
-        const uint8_t* p[R];
-        for (int r = 0; r < R; ++r) p[r] = codes + r * row_bytes;
-        // The same place in the next rows: streams that jump from row to row are beyond the hardware's prefetcher.
-        int64_t ahead = codes + 2 * R * row_bytes <= end ? R * row_bytes : 0;
-        for (int64_t c = 0; c < whole; ++c) {
-            for (int r = 0; r < R; ++r) __builtin_prefetch(p[r] + ahead, 0, 2);
-            chunk(acc, p, codebook, scales + c * PER, ld_scales, x + c * L::CHUNK, ldx);
-            for (int r = 0; r < R; ++r) p[r] += BYTES;
-        }
-        if (row_bytes % BYTES) {
-            uint8_t tail[R][BYTES] = {};
-            for (int r = 0; r < R; ++r) {
-                std::memcpy(tail[r], p[r], size_t(row_bytes % BYTES));
-                p[r] = tail[r];
-            }
-            chunk(acc, p, codebook, scales + whole * PER, ld_scales, x + whole * L::CHUNK, ldx);
-        }
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < MT; ++m) out[r * MT + m] = L::sum(acc[r][m]);
-    }
-};
-
-void finish(const Task& t, int64_t m, int64_t n, float sum) {
-    if (t.bias) sum += load_float(t.bias, n - t.n0, t.dtype);
-    store_float(t.out, m * (t.n1 - t.n0) + n - t.n0, t.dtype, sum);
-}
-
-template <class L, bool SMALL, int R, int MT>
-bool fused_rows(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
-    constexpr int64_t PIECE = SMALL ? 32 : 64;
-    int64_t row_bytes = t.w.k / 2, pieces = t.w.k / PIECE, ld = ldx / PIECE;
-    float* scales = static_cast<float*>(scratch.get(ld * R * int64_t(sizeof(float))));
-    if (!scales) return false;
-    float sums[R * MT];
-    const uint8_t* end = t.w.codes + t.w.n * row_bytes;
-    for (int64_t n = n0; n < n1;) {
-        const uint8_t* codes = t.w.codes + n * row_bytes;
-        if (n + R <= n1) {
-            if (pieces == ld) piece_scales(t.w, n * t.w.k, R * ld, R * ld, PIECE, scales);
-            else
-                for (int r = 0; r < R; ++r) piece_scales(t.w, (n + r) * t.w.k, pieces, ld, PIECE, scales + r * ld);
-            Fused<L, SMALL, R, MT>::run(codes, row_bytes, t.w.codebook, scales, ld, x, ldx, sums, end);
-            for (int r = 0; r < R; ++r)
-                for (int m = 0; m < MT; ++m) finish(t, m, n + r, sums[r * MT + m]);
-            n += R;
-        } else {
-            piece_scales(t.w, n * t.w.k, pieces, ld, PIECE, scales);
-            Fused<L, SMALL, 1, MT>::run(codes, row_bytes, t.w.codebook, scales, ld, x, ldx, sums, end);
-            for (int m = 0; m < MT; ++m) finish(t, m, n, sums[m]);
-            n += 1;
-        }
-    }
-    return true;
-}
 
 template <class L, bool SMALL, int J> inline void decode_vectors(typename L::Codes c, const typename L::Table& t,
                                                                  typename L::Elem* out) {
@@ -372,27 +187,6 @@ bool strip_rows(const Task& t, const Tokens<L>& x, int64_t n0, int64_t n1, int64
         for (int64_t n = 0; n < rows; ++n) finish(t, x.first + m, n0 + n, sums[n * ld + m]);
 #endif
     return true;
-}
-
-// Few tokens, W decoded in registers.
-template <class L, bool SMALL>
-bool rows_of(const Task& t, const typename L::Elem* x, int64_t ldx, int64_t n0, int64_t n1) {
-    constexpr int R = sizeof(typename L::Elem) == 2 ? 4 : 2;  // rows at once; more would need registers that fp32 has not
-    switch (t.m) {
-        case 1: return fused_rows<L, SMALL, 4, 1>(t, x, ldx, n0, n1);
-        case 2: return fused_rows<L, SMALL, 4, 2>(t, x, ldx, n0, n1);
-        case 3: return fused_rows<L, SMALL, R, 3>(t, x, ldx, n0, n1);
-        case 4: return fused_rows<L, SMALL, R, 4>(t, x, ldx, n0, n1);
-    }
-    if constexpr (sizeof(typename L::Elem) == 2) {  // more rows of fp32 would leave the L1 cache
-        switch (t.m) {
-            case 5: return fused_rows<L, SMALL, 4, 5>(t, x, ldx, n0, n1);
-            case 6: return fused_rows<L, SMALL, 3, 6>(t, x, ldx, n0, n1);
-            case 7: return fused_rows<L, SMALL, 3, 7>(t, x, ldx, n0, n1);
-            default: return fused_rows<L, SMALL, 3, 8>(t, x, ldx, n0, n1);
-        }
-    }
-    return false;
 }
 
 // Few tokens times several W: x is packed once, and the threads share out the rows of all W, counted through.

@@ -1,7 +1,8 @@
 """Products with a 4-bit weight, decoding and embedding on the CPU: launchers of linear_4bit.cpp.
 
-Few tokens: the weight is decoded inside the product. Many tokens: slices of it are decoded into a buffer, and torch's
-library multiplies with each slice while the caches hold it.
+The weight is decoded inside the product: for few tokens, and on AVX512 for any number. Otherwise slices of it are
+decoded into a buffer, and torch's library multiplies with each slice while the caches hold it: layouts that the product
+does not read, many tokens below AVX512, and bf16 where torch has AMX tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from kbit.formats.codebooks import codebook as codebook_table
 from kbit.kernels.cpu.library import DTYPES, function
 
-# struct Task of linear_4bit.cpp: pointers of W, n, k, block_size; x, bias, out; m, x_stride, n0, n1, k0, k1; dtype and
+# struct Task of task_4bit.h: pointers of W, n, k, block_size; x, bias, out; m, x_stride, n0, n1, k0, k1; dtype and
 # threads.
 # Packed bytes cost a fifth of a ctypes.Structure, which would be a third of a call's overhead.
 _TASK = struct.Struct("@6P3q3P6q2i")

@@ -24,11 +24,6 @@ template <class L> constexpr int64_t stride() { return depth<L>() + 64 / int64_t
 namespace {
 
 constexpr int64_t GROUP = 16;  // tokens that are packed together
-constexpr int64_t OUTER_ROWS = 48;   // decoded rows of W: a multiple of every tile's height
-constexpr int64_t OUTER_BYTES = 2048;   // of a decoded row at a time: a strip stays in the L2 cache
-constexpr int64_t OUTER_STRIDE = OUTER_BYTES + 64;  // rows a power of two apart would share sets of the cache
-template <class L> constexpr int64_t outer_depth() { return OUTER_BYTES / int64_t(sizeof(typename L::Elem)); }
-template <class L> constexpr int64_t outer_stride() { return OUTER_STRIDE / int64_t(sizeof(typename L::Elem)); }
 template <class L> constexpr int64_t word() { return 4 / int64_t(sizeof(typename L::Elem)); }  // elements
 
 // Elements of a packed group: whole chunks of K, and a cache line so that groups do not share sets.
