@@ -29,9 +29,9 @@ HOPPER_GRAD_TOKENS, HOPPER_GRAD_TOKENS_SMALL = 256, 128
 INT8_DEQUANTIZE_TOKENS = 128
 INT8_GRAD_TOKENS = 64
 # Where weight-only was asked for and another Hopper kernel is the fastest: the one that 4-bit weights have for many
-# tokens; for weights of so many elements, up to INT8_DEQUANTIZE_TOKENS and beyond (measured on one H200).
+# tokens; for weights of at least so many elements, up to INT8_DEQUANTIZE_TOKENS and beyond (measured on one H200).
 HOPPER_INT8_WIDE_TOKENS = range(65, 4097)
-HOPPER_INT8_WIDE_SIZES = 2**25, 2**24
+HOPPER_INT8_WIDE_SIZE, HOPPER_INT8_WIDE_SIZE_BEYOND = 2**25, 2**24
 # Columns that the Hopper kernel of LLM.int8() has room to mark.
 HOPPER_INT8_K = 32768
 
@@ -66,10 +66,11 @@ def linear_8bit_kernel(
     fits = dtype_bytes == 2 and k % 16 == 0 and k <= HOPPER_INT8_K and n > 0
     on_hopper = capability == (9, 0) and aligned and fits
     if path == "weight_only":
-        large = m > INT8_DEQUANTIZE_TOKENS
-        if on_hopper and m in HOPPER_INT8_WIDE_TOKENS and n * k >= HOPPER_INT8_WIDE_SIZES[large]:
+        beyond = m > INT8_DEQUANTIZE_TOKENS
+        least = HOPPER_INT8_WIDE_SIZE_BEYOND if beyond else HOPPER_INT8_WIDE_SIZE
+        if on_hopper and m in HOPPER_INT8_WIDE_TOKENS and n * k >= least:
             return "hopper_wide"
-        if large:
+        if beyond:
             return "dequantize"
     return "hopper" if on_hopper else "triton"
 

@@ -145,6 +145,7 @@ def test_settings_of_the_gradients_kernel():
 
 def test_settings_of_the_wide_kernel():
     from kbit.kernels.cuda import linear_4bit_wide as wide
+    from kbit.kernels.cuda import linear_wide
 
     for m in (1, 65, 129, 200, 256, 257, 700, 1024, 5000):
         config = wide.choose_config(m)
@@ -154,9 +155,9 @@ def test_settings_of_the_wide_kernel():
     macros, headers = wide.settings(wide.choose_config(256), "fp4", torch.float16, False)
     assert macros["NT"] == 256 and macros["FP16"] == 1 and "DYNAMIC_MAP" not in macros
     assert "m64n256k16.f32.f16.f16" in headers["wgmma.h"]
-    arguments = wide._Arguments()  # packed in one call: every field where the structure has it
+    arguments = linear_wide._Arguments()  # packed in one call: every field where the structure has it
     memory = (ctypes.c_char * ctypes.sizeof(arguments)).from_buffer(arguments)
-    wide._POINTERS_AND_SIZES.pack_into(memory, wide._FIRST_POINTER, *range(1, 14))
+    linear_wide._POINTERS_AND_SIZES.pack_into(memory, linear_wide._FIRST_POINTER, *range(1, 14))
     assert [getattr(arguments, name) for name, _ in arguments._fields_[2:]] == list(range(1, 14))
 
 

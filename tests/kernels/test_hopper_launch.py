@@ -10,8 +10,9 @@ import torch
 
 from kbit.kernels.cuda import compile as compiler
 from kbit.kernels.cuda import linear_4bit as hopper
+from kbit.kernels.cuda import linear_4bit_wide, linear_8bit_wide, linear_wide, operands
 from kbit.kernels.cuda import linear_group as group
-from kbit.kernels.cuda import operands
+from kbit.kernels.cuda.stream_k import Schedule
 
 
 class Driver:
@@ -144,6 +145,57 @@ def test_rows_of_experts(driver):
     assert (values["offsets"], values["experts"], values["m"], values["n"]) == (offsets.data_ptr(), e, 20, n)
     tiles = sum(-(-rows // 8) for rows in (3, 0, 7, 10, 0))
     assert grid[0] == n // 128 and tiles <= grid[1] <= 20
+
+
+@pytest.mark.parametrize("shared_tiles", [0, 3])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_of_many_tokens(driver, monkeypatch, bits, shared_tiles):
+    """Weights of 4 and of 8 bits start one kernel. It finds its flags behind the sums of tiles that are cut."""
+    launches = []
+
+    def launch(config, function, pointers, extra):
+        fields = linear_wide._Arguments._fields_
+        found = {name: kind.from_address(pointer) for (name, kind), pointer in zip(fields, pointers, strict=True)}
+        maps = {name: value.words[0] for name, value in found.items() if name.startswith("map")}
+        plain = {name: value.value for name, value in found.items() if not name.startswith("map")}
+        launches.append((tuple(config._obj.grid), config._obj.stream, {**maps, **plain}))
+        return 0
+
+    driver.cuLaunchKernelEx = type("Launch", (), {"__call__": staticmethod(launch)})()
+    wide = linear_8bit_wide if bits == 8 else linear_4bit_wide
+    monkeypatch.setattr(compiler, "cubin", lambda *settings: b"")
+    monkeypatch.setattr(compiler, "load", lambda *code: ctypes.c_void_p(1))
+    monkeypatch.setattr(wide, "schedule", lambda *sizes: Schedule(5, shared_tiles))
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(wide, "_load", wide._load.__wrapped__)
+    wide._plan.cache_clear()
+    m, n, k = 200, 512, 1024
+    x, bias = torch.zeros(2, m // 2, k, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.bfloat16)
+    if bits == 8:
+        weight, scales = torch.zeros(n, k, dtype=torch.int8), (torch.zeros(n), None, None)
+    else:
+        weight = torch.zeros(n, k // 2, dtype=torch.uint8)
+        scales = torch.zeros(n, k // 128, dtype=torch.uint8), torch.zeros(16), torch.zeros(1)
+    for b in (bias, None, None):  # the later calls find everything prepared
+        if bits == 8:
+            out = wide.linear_8bit(x, weight, scales[0], b)
+        else:
+            out = wide.linear_4bit(x, weight, *scales, b, "nf4", 128, n)
+        assert out.shape == (2, m // 2, n) and out.dtype == x.dtype
+        grid, stream, values = launches[-1]
+        assert grid == (10, 1, 1) and stream == 77
+        address = [None if t is None else t.data_ptr() for t in (*scales, b, out)]
+        assert [values[name] for name in ("absmax", "nested_absmax", "offset", "bias", "out")] == address
+        sizes = [values[name] for name in ("m", "n", "k", "block_shift", "shared_tiles")]
+        assert sizes == [m, n, k, 0 if bits == 8 else 7, shared_tiles]
+        assert (values["map_w"], values["map_x"]) == (weight.data_ptr(), x.data_ptr())
+        if shared_tiles:  # 224 tokens a tile
+            assert values["workspace"] and values["flags"] - values["workspace"] == 5 * 256 * 224 * 4
+        else:
+            assert (values["workspace"], values["flags"]) == (None, None)
+    wide._plan.cache_clear()
+    assert len({values["launch"] for _, _, values in launches}) == 3  # no two launches share a mark
 
 
 def test_weights_that_share_an_input(driver, monkeypatch):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import struct
 
 import torch
 from torch import Tensor
 
 from kbit.kernels.cuda import compile as compiler
-from kbit.kernels.cuda import stream_k
+from kbit.kernels.cuda import linear_wide
 from kbit.kernels.cuda.linear_4bit import wgmma_header
 from kbit.kernels.cuda.operands import UINT8, TensorMap, as_rows, encode_cached, half_kind
 from kbit.kernels.cuda.stream_k import Schedule, schedule, tokens_a_tile
-
-_THREADS = 384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,37 +33,9 @@ def settings(config: Config, fp16: bool) -> tuple[dict[str, object], dict[str, s
     return macros, {"wgmma.h": wgmma_header(config.nt, fp16)}
 
 
-class _Arguments(ctypes.Structure):
-    """The kernel's parameters, in its order."""
-
-    _fields_ = [
-        ("map_w", TensorMap),
-        ("map_x", TensorMap),
-        ("absmax", ctypes.c_void_p),
-        ("nested_absmax", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("flags", ctypes.c_void_p),
-        ("launch", ctypes.c_uint64),
-        ("m", ctypes.c_int),
-        ("n", ctypes.c_int),
-        ("k", ctypes.c_int),
-        ("block_shift", ctypes.c_int),
-        ("shared_tiles", ctypes.c_int),
-    ]
-
-
-_POINTERS_AND_SIZES = struct.Struct("PPPPPPPQiiiii")  # _Arguments from absmax on
-_FIRST_POINTER: int = _Arguments.absmax.offset
-
-
 @compiler.once
 def _load(device: int, config: Config, fp16: bool) -> compiler.Launcher:
-    code = compiler.cubin("linear_wide", "sm_90a", *settings(config, fp16))
-    function = compiler.load(code, "linear_wide", config.shared_bytes)
-    return compiler.Launcher(function, _Arguments, _THREADS, config.shared_bytes)
+    return linear_wide.load(*settings(config, fp16), config.shared_bytes)
 
 
 def choose_config(m: int) -> Config:
@@ -108,13 +76,5 @@ def linear_8bit(
     out = x.new_empty((*x.shape[:-1], n))
     launcher, config, cut = _plan(device, m, n, k, x.dtype == torch.float16, force)
     map_w, map_x = tensor_maps(config, rows, stride, weight)
-    size, flags = cut.workspace(config.nt)
-    workspace = x.new_empty(size, dtype=torch.uint8) if size else None
-    at = 0 if workspace is None else workspace.data_ptr()
-    pointers = (0 if bias is None else bias.data_ptr(), out.data_ptr(), at, at + flags, next(stream_k.launches))
-    with launcher.lock:
-        launcher.pointers[0], launcher.pointers[1] = ctypes.addressof(map_w), ctypes.addressof(map_x)
-        values = (absmax.data_ptr(), 0, 0, *pointers, m, n, k, 0, cut.shared_tiles)
-        _POINTERS_AND_SIZES.pack_into(launcher.memory, _FIRST_POINTER, *values)
-        launcher.start((2 * cut.clusters, 1, 1), torch._C._cuda_getCurrentRawStream(device))
+    linear_wide.launch(launcher, cut, config.nt, map_w, map_x, (absmax, None, None), bias, out, (m, n, k))
     return out
