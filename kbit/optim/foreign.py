@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbit.formats.codebooks import codebook
 from kbit.optim import state as states
-from kbit.optim.rules import Rule, StateSpec
+from kbit.optim.rules import LARS_TRUST, Rule, StateSpec
 
 BNB_KEY = "__bnb_optimizer_quant_state__"
 #: A key of saved groups (of no live one): the algorithm whose states these are.
@@ -158,6 +158,11 @@ def state_from_bnb(values: Mapping[str, Any], p: Tensor, rule: Rule, where: str)
         raise ValueError(
             f"bitsandbytes state of {where} holds {len(sources)} tensors, this optimizer has "
             f"{len(rule.states)} ({wanted}): the checkpoint is another algorithm's"
+        )
+    if rule.norm == LARS_TRUST and rule.states:
+        raise ValueError(
+            f"bitsandbytes state of {where} is a buffer of whole gradients, but LARS here keeps gradients times the "
+            "trust ratio: its first steps would be far too large. Start LARS without the checkpoint's states"
         )
     moving = torch.zeros((), dtype=torch.bool)  # elements that have momentum
     for spec, (stored, absmax, qmap) in zip(rule.states, sources, strict=True):

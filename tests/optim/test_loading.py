@@ -144,6 +144,11 @@ def test_states_of_another_algorithm_of_bitsandbytes_are_refused(name, steps):
     saved = source.state_dict()
     for other, (mine, _) in OF_BNB.items():
         opt = getattr(optim, other)([p], **mine)
+        if other == "LARS" and other in fitting and steps:
+            # The buffer of theirs holds whole gradients, which ours would not scale: steps would be far too large.
+            with pytest.raises(ValueError, match="parameter 0 of group 0 is a buffer of whole gradients"):
+                opt.load_state_dict(saved)
+            continue
         if other in fitting:
             opt.load_state_dict(saved)
             assert len(opt.state) == steps
