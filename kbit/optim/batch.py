@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,17 +29,9 @@ class Item:
     g: Tensor
     state: dict[str, Any]
     seed: int
-    # Where a non-contiguous parameter is copied back to after the step; the parameter itself and its address.
+    # Where a non-contiguous parameter is copied back to after the step; the parameter itself.
     target: Tensor | None = None
     owner: Tensor = field(default_factory=lambda: torch.empty(0))
-    address: int = 0
-    #: Name of a state, and its tensor: where another tensor takes its place, addresses that were written down are void.
-    first: str = "step"
-    mark: weakref.ref[Tensor] = field(init=False)
-    g_dtype: torch.dtype = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.mark, self.g_dtype = weakref.ref(self.state[self.first]), self.g.dtype
 
 
 @dataclass
@@ -49,6 +43,8 @@ class Batch:
     config: dict[str, Any]
     bits8: bool
     items: list[Item]
+    #: Addresses of parameters and of gradients in this step, where `Look.again` has just read them.
+    addresses: tuple[list[int], list[int]] | None = None
 
     @property
     def kahan(self) -> bool:
@@ -58,11 +54,10 @@ class Batch:
     def stochastic(self) -> bool:
         return bool(self.config["stochastic_rounding"]) and self.items[0].p.dtype == torch.bfloat16
 
-    def identity(self) -> tuple[tuple[Any, ...], list[Any]]:
-        """What the addresses of a batch's states, and the meaning of their bytes, hang on; see `same`."""
+    def kind(self) -> tuple[Any, ...]:
+        """What the meaning of a batch's bytes hangs on."""
         item = self.items[0]
-        kind = (self.rule, self.bits8, self.kahan, self.stochastic, item.p.dtype, item.g_dtype)
-        return kind, [item.mark for item in self.items]
+        return self.rule, self.bits8, self.kahan, self.stochastic, item.p.dtype, item.g.dtype
 
     def scalars(self, item: Item) -> rules.Scalars:
         """Scalars of an item's next step; advances its step count. Reads the count on the host."""
@@ -72,10 +67,73 @@ class Batch:
         return values._replace(step=float(count))
 
 
-def same(one: tuple[tuple[Any, ...], list[Any]], other: tuple[tuple[Any, ...], list[Any]]) -> bool:
-    """Whether two batches have one identity. References are compared themselves, since comparing tensors steps in."""
-    (kind, marks), (other_kind, other_marks) = one, other
-    return kind == other_kind and len(marks) == len(other_marks) and all(map(operator.is_, marks, other_marks))
+class Look:
+    """What a batch's tensors were when their addresses were written down, to see whether these still hold.
+
+    Kernels get bare addresses, so nothing may have been freed, replaced or moved. Memory and states that are freed
+    say so themselves, by weak references. `again` runs at every step over hundreds of tensors: each line of it is one
+    pass in C.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, items = batch, batch.items
+        self.kind = batch.kind()
+        self.owners, self.states = [item.owner for item in items], [item.state for item in items]
+        self.names, self.places = list(map(id, _values(self.states))), _places(self.states)
+        self.sizes = [item.p.numel() for item in items]
+        self.parameters = [item.p.data_ptr() for item in items]
+        self.dtypes, self.devices = [items[0].g.dtype] * len(items), [items[0].p.get_device()] * len(items)
+        #: Filled when one of the states, or the memory of a state or a parameter, is freed.
+        self.freed: list[Any] = []
+        tensors = [value for value in _values(self.states) if isinstance(value, Tensor)]
+        memory = (tensor.untyped_storage() for tensor in (*tensors, *(item.p for item in items)))
+        self.marks = [weakref.ref(each, self.freed.append) for each in (*tensors, *memory)]
+
+    def again(self) -> bool:
+        """Give the batch its new gradients; False where it must be built anew."""
+        if self.freed or list(map(id, _values(self.states))) != self.names:
+            return False
+        if self.devices[0] < 0 and _places(self.states) != self.places:  # a CPU's kernel is told all anew
+            return False
+        try:
+            grads: list[Any] = list(map(_GRAD, self.owners))
+            addresses = list(map(Tensor.data_ptr, self.owners)), list(map(Tensor.data_ptr, grads))
+            unchanged = (
+                addresses[0] == self.parameters
+                and list(map(Tensor.numel, grads)) == self.sizes
+                and list(map(_DTYPE, grads)) == self.dtypes
+                and list(map(Tensor.get_device, grads)) == self.devices
+                and all(map(Tensor.is_contiguous, self.owners))
+                and all(map(Tensor.is_contiguous, grads))
+            )
+        except (TypeError, RuntimeError):  # no gradient, or a sparse one
+            return False
+        if unchanged:
+            self.batch.addresses = addresses
+            for item, grad in zip(self.batch.items, grads, strict=True):
+                item.g = grad
+        return unchanged
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether another batch has the same kind and the very same states, which were checked just now."""
+        other = batch.items
+        return (
+            not self.freed
+            and self.kind == batch.kind()
+            and self.sizes == [item.p.numel() for item in other]
+            and _places(item.state for item in other) == self.places
+        )
+
+
+_GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
+
+
+def _values(states: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(map(dict.values, states))
+
+
+def _places(states: Iterable[dict[str, Any]]) -> list[int]:
+    return [value.data_ptr() for value in _values(states) if isinstance(value, Tensor)]
 
 
 def choose(batch: Batch) -> str:

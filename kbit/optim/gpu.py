@@ -22,7 +22,7 @@ from torch import Tensor
 from kbit.formats.codebooks import codebook
 from kbit.kernels.cuda import optim as cuda_kernel
 from kbit.optim import rules, state
-from kbit.optim.batch import TABLE_COLUMNS, Batch, same, table_row
+from kbit.optim.batch import TABLE_COLUMNS, Batch, Look, table_row
 
 # By whether states have 8 bits: blocks of 256 elements in a tile, warps of a program, tiles that it does in turn (which
 # hides the latency of looking up the table). Measured on one H200.
@@ -78,8 +78,8 @@ class Plan:
         self.total = int(counts.sum())
         self.hyper: tuple[float, ...] = ()
         self.dirty = True
-        self.identity = batch.identity()
-        self.addresses: list[int] = []
+        self.look = Look(batch)
+        self.addresses: tuple[list[int], list[int]] = [], []
         size = self.table.size + (0 if cuda else rules_width())
         self.buffer = torch.empty(size, dtype=torch.int64, device=device)
         # Used when a CUDA graph is being captured: then a copy's source must live as long as the graph.
@@ -118,6 +118,11 @@ class Plan:
 
     def hyper_pointer(self) -> Tensor:
         return self.buffer[self.table.size :].view(torch.float64)
+
+
+def addresses_of(batch: Batch) -> tuple[list[int], list[int]]:
+    """Addresses of parameters and of gradients."""
+    return [item.p.data_ptr() for item in batch.items], [item.g.data_ptr() for item in batch.items]
 
 
 def rules_width() -> int:
@@ -173,14 +178,14 @@ def step_gpu(batch: Batch, plans: dict[Any, Any], key: Any, cuda: bool) -> None:
         step_paged(batch, plans, key, cuda)
         return
     key = (key, cuda)
-    addresses = [tensor.data_ptr() for item in batch.items for tensor in (item.p, item.g)]
+    addresses = batch.addresses or addresses_of(batch)
     plan = plans.get(key)
-    if plan is None or (plan.batch is not batch and not same(plan.identity, batch.identity())):
+    if plan is None or (plan.batch is not batch and not plan.look.fits(batch)):
         rows = [table_row(batch, item) for item in batch.items]
         plan = plans[key] = Plan(rows, range(len(rows)), batch, first.p.device, cuda)
         plan.addresses = addresses
     elif plan.addresses != addresses:
-        plan.table[:, :2] = np.array(addresses, dtype=np.int64).reshape(-1, 2)
+        plan.table[:, 0], plan.table[:, 1] = addresses
         plan.addresses, plan.dirty = addresses, True
     plan.batch = batch
     hyper, lr_tensor = hyperparameters(batch)

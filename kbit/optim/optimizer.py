@@ -9,6 +9,7 @@ states an element whose new state would not be finite keeps its value and its st
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from kbit.optim import sharding
 from kbit.optim import state as states
-from kbit.optim.batch import RELEASED, Batch, Item, choose, step_native, step_plain
+from kbit.optim.batch import RELEASED, Batch, Item, Look, choose, step_native, step_plain
 from kbit.optim.checkpoint import load_groups, load_state, reshardable
+from kbit.optim.fitting import check_gradient, fit, make_finite
 from kbit.optim.foreign import ALGORITHM_KEY
 from kbit.optim.paging import synchronize
 from kbit.optim.rules import Rule, rule_for
@@ -83,7 +85,8 @@ class KbitOptimizer(torch.optim.Optimizer):
         structure |= forced(type(self).__name__, structure, self.forced_bits, self.forced_paging)
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
-        self._batches: dict[int, tuple[Any, list[Tensor], list[Batch]]] = {}
+        self._batches: dict[int, tuple[Any, list[Tensor], list[Look]]] = {}
+        self._seen: list[Any] = []  # the states that batches were made of
         self._locals: dict[Tensor, tuple[tuple[weakref.ref[Tensor], ...], dict[str, Any]]] = {}
         #: "auto", or "torch", "native" (compiled C++), "triton", "cuda" (compiled CUDA C++) to insist on one.
         self.backend = "auto"
@@ -159,23 +162,23 @@ class KbitOptimizer(torch.optim.Optimizer):
         self._run()
 
     def _run(self) -> None:
-        seed = 0
+        values = self.state.values()
+        if len(values) != len(self._seen) or not all(map(operator.is_, values, self._seen)):
+            self._batches.clear()
+        seed, rebuilt = 0, False
         for number, group in enumerate(self.param_groups):
             batches = self._cached_batches(number, group)
             if batches is None:
-                found: dict[Any, Batch] = {}
-                for index, p in enumerate(group["params"], seed):
-                    if p.grad is None:
-                        continue
-                    config = group if p not in self._overrides else {**group, **self._overrides[p]}
-                    self._add(found, p, config, index)
-                batches = list(found.values())
+                batches, rebuilt = self._new_batches(group, seed), True
                 self._remember(number, group, batches)
             seed += len(group["params"])
             for place, batch in enumerate(batches):
                 self._dispatch(batch, (number, place))
+                batch.addresses = None
                 for item in batch.items:
                     item.g = RELEASED
+        if rebuilt:
+            self._seen = list(self.state.values())
 
     def _cached_batches(self, number: int, group: dict[str, Any]) -> list[Batch] | None:
         """The batches of the last step with the new gradients, or None where anything but addresses has changed."""
@@ -185,21 +188,22 @@ class KbitOptimizer(torch.optim.Optimizer):
         for p in cached[1]:
             if p.grad is not None:
                 return None
-        state = self.state
-        for batch in cached[2]:
-            for item in batch.items:
-                p = item.owner
-                grad = p.grad
-                if p.data_ptr() != item.address or state.get(p) is not item.state:
-                    return None
-                if item.mark() is not item.state.get(item.first):  # states were taken off the device, say, and back
-                    return None
-                if grad is None or grad.dtype != item.g_dtype or grad.layout != torch.strided:
-                    return None
-                if not grad.is_contiguous():
-                    return None
-                item.g = grad
-        return cached[2]
+        if not all(look.again() for look in cached[2]):
+            return None
+        return [look.batch for look in cached[2]]
+
+    def _new_batches(self, group: dict[str, Any], seed: int) -> list[Batch]:
+        """The batches of a group. seed: of its first parameter, for stochastic rounding."""
+        found: dict[Any, Batch] = {}
+        times: dict[int, int] = {}
+        for index, p in enumerate(group["params"], seed):
+            if p.grad is None:
+                continue
+            config = group if p not in self._overrides else {**group, **self._overrides[p]}
+            # A parameter that is listed twice takes two steps, as in torch.optim: one after the other.
+            times[id(p)] = times.get(id(p), 0) + 1
+            self._add(found, p, config, index, times[id(p)])
+        return list(found.values())
 
     def _remember(self, number: int, group: dict[str, Any], batches: list[Batch]) -> None:
         """Keep batches for the next step, unless something needs a look at every step: copies, overrides, shards."""
@@ -208,17 +212,13 @@ class KbitOptimizer(torch.optim.Optimizer):
         plain = all(item.target is None and not sharding.is_sharded(item.owner) for item in items)
         if plain and not any(p in self._overrides for p in group["params"]):
             idle = [p for p in group["params"] if p.grad is None]
-            self._batches[number] = (_signature(self, group), idle, batches)
+            self._batches[number] = (_signature(self, group), idle, [Look(batch) for batch in batches])
 
-    def _add(self, batches: dict[Any, Batch], p: Tensor, config: dict[str, Any], seed: int) -> None:
+    def _add(self, batches: dict[Any, Batch], p: Tensor, config: dict[str, Any], seed: int, time: int) -> None:
         """Put a parameter into the batch of its kind."""
         grad = p.grad
         assert grad is not None
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
-                "build the embedding with sparse=False"
-            )
+        check_gradient(type(self).__name__, p, grad, lambda: self._place(p))
         rule = self._rule(config)
         state = self._state_of(p, config, rule)
         bits8 = bool(rule.states) and state[rule.states[0].name].dtype == torch.uint8
@@ -228,35 +228,41 @@ class KbitOptimizer(torch.optim.Optimizer):
         target = None
         if not local.is_contiguous():
             target, local = local, local.contiguous()
-        first = rule.states[0].name if rule.states else "step"
         mine = self._local_state(p, state)
-        item = Item(local, local_grad.contiguous(), mine, seed, target, p, local.data_ptr(), first)
+        item = Item(local, local_grad.contiguous(), mine, seed, target, p)
         own = id(p) if p in self._overrides else 0
         paged = bool(rule.states) and state[rule.states[0].name].device != p.device
-        key = (p.device, p.dtype, grad.dtype, bits8, paged, rule, own)
+        key = (p.device, p.dtype, grad.dtype, bits8, paged, rule, own, time)
         if key not in batches:
             batches[key] = Batch(self.algorithm, rule, config, bits8, [])
         batches[key].items.append(item)
+
+    def _place(self, p: Tensor) -> str:
+        """What errors call a parameter."""
+        for number, group in enumerate(self.param_groups):
+            for index, other in enumerate(group["params"]):
+                if other is p:
+                    name = f" ({group['param_names'][index]})" if group.get("param_names") else ""
+                    return f"parameter {index}{name} of group {number}"
+        return "a parameter"
 
     def _rule(self, config: dict[str, Any]) -> Rule:
         """The algorithm under these settings."""
         return rule_for(self.algorithm, config)
 
     def _state_of(self, p: Tensor, config: dict[str, Any], rule: Rule) -> dict[str, Any]:
-        """The states of a parameter in the containers that its settings ask for. RuntimeError for another shape."""
+        """The states of a parameter in the containers that its settings ask for. RuntimeError where they do not fit."""
         state = self.state[p]
         bits8, paged = states.wants_8bit(p.numel(), config), states.wants_paging(p, config)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        fit(state, rule, p, bool(config["kahan"]), lambda: self._place(p))
+        if bits8 and any(spec.name in state and state[spec.name].dtype != torch.uint8 for spec in rule.states):
+            make_finite(state, rule, lambda: self._place(p))
         for spec in rule.states:
             if spec.name not in state:
                 fill = float(config.get("initial_accumulator_value", 0.0)) if spec.name == "sum" else 0.0
                 states.create(state, spec, p, bits8, paged, fill)
-            elif state[spec.name].shape != p.shape:
-                raise RuntimeError(
-                    f"a parameter has shape {tuple(p.shape)} now, but its state {spec.name!r} "
-                    f"{tuple(state[spec.name].shape)}: del optimizer.state[parameter] starts it anew"
-                )
             elif (state[spec.name].dtype == torch.uint8) != bits8 or (state[spec.name].device != p.device) != paged:
                 states.convert(state, spec, p, bits8, paged)
                 self._locals.pop(p, None)
@@ -342,7 +348,7 @@ class KbitOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_overrides", {})
-        self.__dict__.update(_plans={}, _batches={}, _locals={})
+        self.__dict__.update(_plans={}, _batches={}, _locals={}, _seen=[])
         self.__dict__.setdefault("backend", "auto")
 
 

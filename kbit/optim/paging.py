@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kbit.optim import state as states
-from kbit.optim.batch import Batch, Item, same, table_row
-from kbit.optim.gpu import Plan, device_of, hyperparameters, launch_cuda, launch_prologue, launch_step
+from kbit.optim.batch import Batch, Item, Look, table_row
+from kbit.optim.gpu import Plan, addresses_of, device_of, hyperparameters, launch_cuda, launch_prologue, launch_step
 
 # Bytes of one staging buffer; a chunk holds as many elements as fit.
 STAGING_BYTES = 64 * 2**20
@@ -37,8 +37,8 @@ class PagedPlan:
 
     def __init__(self, batch: Batch, device: torch.device, cuda: bool) -> None:
         self.cuda = cuda
-        self.identity = batch.identity()
-        self.addresses: list[tuple[int, int]] = []
+        self.look = Look(batch)
+        self.addresses: tuple[list[int], list[int]] = [], []
         width = 1 if batch.bits8 else 4
         slots = len(batch.rule.states)
         budget = max(STAGING_BYTES // (width * slots) // 256 * 256, 256)
@@ -105,10 +105,9 @@ def step_paged(batch: Batch, plans: dict[Any, Any], key: Any, cuda: bool) -> Non
         _step_whole(batch, plans, key)
         return
     device = batch.items[0].p.device
-    identity = batch.identity()
-    addresses = [(item.p.data_ptr(), item.g.data_ptr()) for item in batch.items]
+    addresses = addresses_of(batch)
     plan = plans.get(key)
-    if not isinstance(plan, PagedPlan) or not same(plan.identity, identity):
+    if not isinstance(plan, PagedPlan) or not plan.look.fits(batch):
         plan = plans[key] = PagedPlan(batch, device, cuda)
         plan.addresses = addresses
     elif plan.addresses != addresses:
@@ -204,7 +203,7 @@ def _step_whole(batch: Batch, plans: dict[Any, Any], key: Any) -> None:
     for item in batch.items:
         names = [spec.name for spec in batch.rule.states]
         resident = {**item.state, **{name: item.state[name].to(item.p.device, non_blocking=True) for name in names}}
-        inner = Item(item.p, item.g, resident, item.seed, item.target, item.owner, item.address, item.first)
+        inner = Item(item.p, item.g, resident, item.seed, item.target, item.owner)
         step_gpu(Batch(batch.name, batch.rule, batch.config, batch.bits8, [inner]), {}, key, False)
         for name in names:
             item.state[name].copy_(resident[name], non_blocking=True)

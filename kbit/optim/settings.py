@@ -87,7 +87,7 @@ def forced(name: str, given: Mapping[str, Any], bits: int | None, paging: bool |
             )
         fixed["optim_bits"] = bits
     if paging is not None:
-        if given["is_paged"] not in (True, False):
+        if not isinstance(given["is_paged"], bool):
             raise ValueError(f"invalid is_paged: {given['is_paged']!r} (must be True or False)")
         fixed["is_paged"] = paging
     return fixed
@@ -101,7 +101,7 @@ def check(config: Mapping[str, Any], algorithm: str) -> None:
             raise ValueError(f"invalid learning rate: a tensor of shape {tuple(lr.shape)} (must hold one element)")
         if lr.device.type != "meta":
             lr = float(lr)  # waits for a GPU, here and not in a step
-    if not isinstance(lr, Tensor) and (not _is_number(lr) or not 0.0 <= lr < math.inf):
+    if not isinstance(lr, Tensor) and (isinstance(lr, bool) or not _is_number(lr) or not 0.0 <= lr < math.inf):
         raise ValueError(f"invalid learning rate: lr={lr!r} (must be a number, 0 or more)")
     for key in _NOT_NEGATIVE:
         if key in config and (not _is_number(config[key]) or not 0.0 <= config[key] < math.inf):
@@ -120,7 +120,7 @@ def check(config: Mapping[str, Any], algorithm: str) -> None:
         if value is not None and (not _is_number(value) or not 0 <= value < math.inf):
             raise ValueError(f"invalid {key}: {value!r} (must be a number of steps, or None for no warm-up)")
     for key in _FLAGS:
-        if key in config and config[key] not in (True, False):
+        if key in config and not isinstance(config[key], bool):
             raise ValueError(f"invalid {key}: {config[key]!r} (must be True or False)")
     if config.get("nesterov") and "dampening" in config and (config["momentum"] <= 0 or config["dampening"] != 0):
         raise ValueError("nesterov needs a momentum above 0 and no dampening")

@@ -256,3 +256,36 @@ def test_what_a_plan_has_written_down_may_change_between_steps(name, changes):
         found = {f"{key}{i}": v for i, p in enumerate(net) for key, v in optimizer.state[p].items()}
         results.append(found | {f"p{i}": p.detach() for i, p in enumerate(net)})
     check(*results)
+
+
+@pytest.mark.parametrize("change", ["parameter", "gradient", "state", "absmax"])
+def test_no_plan_outlives_what_it_has_written_down(change):
+    """Memory that a plan's table names and that was freed, between two steps that would both use the plan."""
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(DEVICE)) for n in (5000, 6000)]
+    optimizer = optim.AdamW8bit(params)
+    optimizer.backend = BACKEND
+    for step in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
+        if step < 2:
+            optimizer.step()
+    state = optimizer.state[params[1]]
+    if change == "parameter":
+        params[1].grad = None
+        params[1].data = torch.randn(9000, generator=generator).to(DEVICE)
+        params[1].grad = torch.ones_like(params[1])
+    elif change == "gradient":
+        params[1].grad.data = torch.ones(10, device=DEVICE)
+    elif change == "state":
+        state["exp_avg_sq"] = state["exp_avg_sq"][:10].clone()
+    else:
+        state["exp_avg_sq_absmax"].data = torch.ones(1, device=DEVICE)
+    kept = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match="parameter 1 of group 0"):
+        optimizer.step()
+    assert torch.equal(params[0], kept)
+    params[1].grad = torch.ones_like(params[1])
+    del optimizer.state[params[1]]
+    optimizer.step()
+    assert optimizer.state[params[1]]["exp_avg_sq"].shape == params[1].shape
