@@ -33,8 +33,10 @@ _EXTRAS = {
     "triton": "triton",
 }
 
-# The system, as Python and safetensors pass it on; torch.save, which knows no reason.
-_DISK_FULL = ("No space left on device", "Disk quota exceeded", "unexpected pos", "PytorchStreamWriter failed writing")
+# The system, as Python and safetensors pass it on.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+# torch.save, which names no reason.
+_NOT_WRITTEN = ("unexpected pos", "PytorchStreamWriter failed writing")
 
 app = typer.Typer(
     name="kbit",
@@ -76,7 +78,9 @@ def one_sentence(error: BaseException) -> str:
         target = f"'kbit[{extra}]'" if extra else package
         return f"this needs the package {package}, which is not installed: pip install {target}"
     if any(said in str(error) for said in _DISK_FULL):
-        return "a file could not be written whole, as on a full disk: free some space or write elsewhere"
+        return "a file could not be written whole, the disk or a quota is full: free some space or write elsewhere"
+    if any(said in str(error) for said in _NOT_WRITTEN):
+        return "a file could not be written whole (perhaps the disk is full): free some space or write elsewhere"
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{place}"

@@ -229,13 +229,30 @@ def test_places_that_take_no_files_are_said_before_the_work(kbit_cli, tmp_path) 
     check(kbit_cli("eval", "demo", "--formats", "bf16", "--text", text, *report), "/proc/r.html cannot be written")
 
 
+# The command, which waits where it is about to open a file in a temporary folder that holds one already.
+HELD_AT_THE_SECOND_FILE = """
+import os, sys, time
+
+def hold(event, arguments):
+    if event == "open":
+        folder = os.path.dirname(str(arguments[0]))
+        if folder.endswith(".tmp") and os.path.basename(folder).startswith(".q.") and os.listdir(folder):
+            time.sleep(120)
+
+sys.addaudithook(hold)
+from kbit.cli import main
+main()
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_command_that_is_stopped_leaves_nothing_half_written(signum: int, code: int, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "kbit", "quantize", "demo", str(tmp_path / "q")])
+    held = [sys.executable, "-c", HELD_AT_THE_SECOND_FILE, "quantize", "demo", str(tmp_path / "q")]
+    process = subprocess.Popen(held)
     while not glob.glob(f"{tmp_path}/.q.*.tmp/*", include_hidden=True):
-        assert process.poll() is None, "it was done before it could be stopped"
-        time.sleep(0.001)
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
     process.send_signal(signum)
     assert process.wait(60) == code
     assert list(tmp_path.iterdir()) == []
@@ -270,8 +287,8 @@ def test_unexpected_errors_are_one_sentence_too(kbit_cli, monkeypatch) -> None: 
         (ModuleNotFoundError("x", name="matplotlib.pyplot"), "pip install 'kbit[report]'"),
         (ModuleNotFoundError("x", name="something"), "pip install something"),
         (ValueError(), "unexpected error, ValueError"),
-        (OSError(28, "No space left on device"), "full disk: free some space or write elsewhere"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8 vs 4"), "full disk"),
+        (OSError(28, "No space left on device"), "the disk or a quota is full: free some space or write elsewhere"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8 vs 4"), "perhaps the disk is full"),
     ],
 )
 def test_sentences(error: Exception, sentence: str) -> None:

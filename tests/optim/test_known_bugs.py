@@ -1,4 +1,4 @@
-"""One test for each bug of other implementations that this one must not have; numbers are bitsandbytes' threads."""
+"""One test for each bug of other implementations that this one must not have; #1 is a thread of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ BACKENDS = ("torch", "native")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["AdamW", "AdEMAMix", "Lion"])
-def test_2010_decay_comes_before_the_update_and_bf16_rounds_once(name, backend):
-    """p * (1 - lr * decay) - lr * u: with decay 1 / lr the old value vanishes and the update is not scaled."""
+def test_decay_comes_before_the_update_and_bf16_rounds_once(name, backend):
+    """#2010. p * (1 - lr * decay) - lr * u: with decay 1 / lr the old value vanishes, the update is not scaled."""
     p = torch.nn.Parameter(torch.randn(300).bfloat16())
     optimizer = getattr(optim, name)([p], lr=0.25, weight_decay=4.0)
     optimizer.backend = backend
@@ -27,8 +27,8 @@ def test_2010_decay_comes_before_the_update_and_bf16_rounds_once(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["Lion", "Lion8bit"])
-def test_1992_lion_decay_is_decoupled(form, backend):
-    """Decay must not enter the sign or the momentum."""
+def test_decay_of_lion_is_decoupled(form, backend):
+    """#1992. Decay must not enter the sign or the momentum."""
     p = torch.nn.Parameter(torch.full((5000,), 100.0))
     optimizer = getattr(optim, form)([p], lr=0.01, weight_decay=1.0)
     optimizer.backend = backend
@@ -39,7 +39,8 @@ def test_1992_lion_decay_is_decoupled(form, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["LAMB", "LAMB8bit", "LARS", "LARS8bit"])
-def test_1998_max_unorm_is_obeyed(form, backend):
+def test_max_unorm_is_obeyed(form, backend):
+    """#1998. A step moves the parameter by no more than that share of its norm."""
     moves = []
     for cap in (1.0, 0.1):
         torch.manual_seed(0)
@@ -55,8 +56,8 @@ def test_1998_max_unorm_is_obeyed(form, backend):
 
 
 @pytest.mark.parametrize("form", ["AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit"])
-def test_1382_1861_ademamix_resumes_without_nan(form):
-    """Loading cast block scales and states to the parameter's dtype; schedules restarted."""
+def test_ademamix_resumes_without_nan(form):
+    """#1382, #1861. Loading cast block scales and states to the parameter's dtype; schedules restarted."""
     runs = []
     for resume in (False, True):
         torch.manual_seed(0)
@@ -75,7 +76,8 @@ def test_1382_1861_ademamix_resumes_without_nan(form):
 
 @pytest.mark.parametrize("form", ["AdEMAMix", "AdEMAMix32bit", "AdEMAMix8bit"])
 @pytest.mark.parametrize("shape", [(70, 100), (3,), (), (2, 5, 7)])
-def test_2075_ademamix_states_have_the_parameters_shape(form, shape):
+def test_states_of_ademamix_have_the_parameters_shape(form, shape):
+    """#2075. Its two averages are two states, not one of twice the size."""
     p = torch.nn.Parameter(torch.randn(shape))
     optimizer = getattr(optim, form)([p])
     for _ in range(2):
@@ -86,8 +88,8 @@ def test_2075_ademamix_states_have_the_parameters_shape(form, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_1884_partial_last_block_is_its_own(backend):
-    """The last, short block: huge values beyond its end, and in the block before it, must not count."""
+def test_a_partial_last_block_is_its_own(backend):
+    """#1884. The last, short block: huge values beyond its end, and in the block before it, must not count."""
     memory = torch.full((1000,), 1e6)
     p = torch.nn.Parameter(memory[:515])
     optimizer = optim.SGD8bit([p], lr=0.0, momentum=0.9, min_8bit_size=1)
@@ -103,8 +105,8 @@ def test_1884_partial_last_block_is_its_own(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_1185_1859_1996_non_contiguous_gradients(backend):
-    """A transposed gradient meets the right elements, and a parameter keeps its memory and its views."""
+def test_transposed_gradients_meet_the_right_elements(backend):
+    """#1185, #1859, #1996. And the parameter keeps its memory and its views."""
     weight = torch.randn(60, 80)
     p = torch.nn.Parameter(weight.t())
     q = torch.nn.Parameter(weight.t().contiguous())
@@ -164,8 +166,8 @@ def test_rows_without_a_gradient_keep_the_code_of_zero(name, backend):
     assert torch.equal(p.detach()[~seen], before[~seen]) and (p.detach() != before)[seen].any()
 
 
-def test_962_782_2069_paging_survives_resume():
-    """is_paged is the optimizer's, not the checkpoint's: a resumed paged optimizer pages on."""
+def test_paging_survives_resume():
+    """#962, #782, #2069. is_paged is the optimizer's, not the checkpoint's: a resumed paged optimizer pages on."""
     p = torch.nn.Parameter(torch.randn(5000))
     plain, paged = optim.AdamW8bit([p]), optim.PagedAdamW8bit([p])
     p.grad = torch.randn(5000)
@@ -176,8 +178,8 @@ def test_962_782_2069_paging_survives_resume():
     assert not plain.param_groups[0]["is_paged"]
 
 
-def test_2080_bits_follow_the_full_size():
-    """Two halves of a parameter, as views, are two parameters; their sum of sizes decides nothing."""
+def test_bits_follow_the_full_size():
+    """#2080. Two halves of a parameter, as views, are two parameters; their sum of sizes decides nothing."""
     from kbit.optim.state import wants_8bit
 
     config = {"optim_bits": 8, "min_8bit_size": 4096}
