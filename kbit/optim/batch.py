@@ -76,7 +76,7 @@ class Look:
     """
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, items = batch, batch.items
+        items = batch.items
         self.kind = batch.kind()
         self.owners, self.states = [item.owner for item in items], [item.state for item in items]
         self.names, self.places = list(map(id, _values(self.states))), _places(self.states)
@@ -86,11 +86,12 @@ class Look:
         #: Filled when one of the states, or the memory of a state or a parameter, is freed.
         self.freed: list[Any] = []
         tensors = [value for value in _values(self.states) if isinstance(value, Tensor)]
-        memory = (tensor.untyped_storage() for tensor in (*tensors, *(item.p for item in items)))
+        parameters = [item.p for item in items if item.target is None]  # the rest are copies, new at every step
+        memory = (tensor.untyped_storage() for tensor in (*tensors, *parameters))
         self.marks = [weakref.ref(each, self.freed.append) for each in (*tensors, *memory)]
 
-    def again(self) -> bool:
-        """Give the batch its new gradients; False where it must be built anew."""
+    def again(self, batch: Batch) -> bool:
+        """Give the batch, the one looked at, its new gradients; False where it must be built anew."""
         if self.freed or list(map(id, _values(self.states))) != self.names:
             return False
         if self.devices[0] < 0 and _places(self.states) != self.places:  # a CPU's kernel is told all anew
@@ -109,8 +110,8 @@ class Look:
         except (TypeError, RuntimeError):  # no gradient, or a sparse one
             return False
         if unchanged:
-            self.batch.addresses = addresses
-            for item, grad in zip(self.batch.items, grads, strict=True):
+            batch.addresses = addresses
+            for item, grad in zip(batch.items, grads, strict=True):
                 item.g = grad
         return unchanged
 

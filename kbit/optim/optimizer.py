@@ -85,7 +85,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         structure |= forced(type(self).__name__, structure, self.forced_bits, self.forced_paging)
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
-        self._batches: dict[int, tuple[Any, list[Tensor], list[Look]]] = {}
+        self._batches: dict[int, tuple[Any, list[Tensor], list[tuple[Batch, Look]]]] = {}
         self._seen: list[Any] = []  # the states that batches were made of
         self._locals: dict[Tensor, tuple[tuple[weakref.ref[Tensor], ...], dict[str, Any]]] = {}
         #: "auto", or "torch", "native" (compiled C++), "triton", "cuda" (compiled CUDA C++) to insist on one.
@@ -188,9 +188,9 @@ class KbitOptimizer(torch.optim.Optimizer):
         for p in cached[1]:
             if p.grad is not None:
                 return None
-        if not all(look.again() for look in cached[2]):
+        if not all(look.again(batch) for batch, look in cached[2]):
             return None
-        return [look.batch for look in cached[2]]
+        return [batch for batch, _ in cached[2]]
 
     def _new_batches(self, group: dict[str, Any], seed: int) -> list[Batch]:
         """The batches of a group. seed: of its first parameter, for stochastic rounding."""
@@ -212,7 +212,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         plain = all(item.target is None and not sharding.is_sharded(item.owner) for item in items)
         if plain and not any(p in self._overrides for p in group["params"]):
             idle = [p for p in group["params"] if p.grad is None]
-            self._batches[number] = (_signature(self, group), idle, [Look(batch) for batch in batches])
+            self._batches[number] = (_signature(self, group), idle, [(batch, Look(batch)) for batch in batches])
 
     def _add(self, batches: dict[Any, Batch], p: Tensor, config: dict[str, Any], seed: int, time: int) -> None:
         """Put a parameter into the batch of its kind."""

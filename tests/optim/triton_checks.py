@@ -289,3 +289,15 @@ def test_no_plan_outlives_what_it_has_written_down(change):
     del optimizer.state[params[1]]
     optimizer.step()
     assert optimizer.state[params[1]]["exp_avg_sq"].shape == params[1].shape
+
+
+def test_a_plan_outlives_copies_of_parameters_that_are_not_contiguous():
+    p = torch.nn.Parameter(torch.randn(80, 70).T.to(DEVICE))
+    optimizer = optim.AdamW8bit([p])
+    optimizer.backend = BACKEND
+    plans = []
+    for _ in range(3):
+        p.grad = torch.randn(70, 80).to(DEVICE)
+        optimizer.step()
+        plans += optimizer._plans.values()
+    assert plans[0] is plans[1] is plans[2]
