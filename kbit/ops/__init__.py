@@ -42,8 +42,8 @@ _linear_8bit = torch.ops.kbit.linear_8bit.default
 
 def _prepare(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """Cast to autocast's dtype where it is on; tell whether a gradient is needed."""
-    if not x.is_floating_point():
-        raise TypeError(f"a quantized linear layer needs floating point input, got {x.dtype}")
+    if not x.is_floating_point() or x.dtype.itemsize == 1:
+        raise TypeError(f"a quantized linear layer needs floating point input of 16 bits or more, got {x.dtype}")
     if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None and bias.dtype != x.dtype:

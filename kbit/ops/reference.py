@@ -130,7 +130,7 @@ def _outlier_product(x: Tensor, weight: Tensor, absmax: Tensor, columns: Tensor)
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """Exact `a [M, K] @ b [N, K]^T` of int8 values."""
-    if a.device.type == "cpu" and a.shape[1] <= INT32_K:
+    if a.device.type == "cpu" and 1 < a.shape[1] <= INT32_K:  # torch 2.13 multiplies one column with what lies beside b
         return torch._int_mm(a, b.t())
     if a.device.type == "cuda" and torch.version.hip is None and a.shape[1] <= INT32_K:
         # cuBLAS takes more than 16 rows, and K and N in eights; zeros fill up what is missing.

@@ -75,6 +75,26 @@ def test_a_cache_that_cannot_be_written_says_how_to_have_another(fresh, tmp_path
     assert library.why_not().startswith(f"{tmp_path} cannot be written (Permission denied): set KBIT_CACHE to")
 
 
+def test_a_library_that_was_cut_off_is_compiled_again(fresh, tmp_path):
+    """Loading it would end the process with SIGBUS."""
+    need_compiler()
+    if (build.FOLDER / build.shipped_name()).exists():
+        pytest.skip("this installation ships the library")
+    fresh.setenv("KBIT_CACHE", str(tmp_path))
+    fresh.setenv("KBIT_CPU_LEVEL", "base")
+    path = library.library().path
+    whole = path.read_bytes()
+    for length in (0, 8, 1000, len(whole) - 1):
+        short = path.with_name(f"short-{length}.so")  # the loaded one must not change under the process
+        short.write_bytes(whole[:length])
+        assert not library._is_whole(short)
+    assert library._is_whole(path)
+    path.unlink()
+    path.write_bytes(whole[:1000])
+    cpu.reset()
+    assert library.available() and path.read_bytes() == whole
+
+
 def test_broken_compiler(fresh, tmp_path, caplog):
     script = tmp_path / "c++"
     script.write_text("#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'out of luck' >&2; exit 1;; esac\n")

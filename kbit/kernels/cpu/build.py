@@ -68,10 +68,13 @@ def level_flags(level: str, machine: str | None = None) -> list[str]:
 
 def compiler() -> list[str]:
     """The command of the C++ compiler: $CXX, else c++, g++ or clang++. Raises BuildError where there is none."""
-    chosen = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")
-    if not chosen or shutil.which(chosen.split()[0]) is None:
-        raise BuildError("no C++ compiler found (install g++ or clang++, or set CXX)")
-    return chosen.split()
+    named = os.environ.get("CXX", "").split()
+    if named and shutil.which(named[0]) is None:
+        raise BuildError(f"no C++ compiler found (CXX={' '.join(named)} is no program on PATH)")
+    chosen = named or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+    if not chosen:
+        raise BuildError("no C++ compiler found")
+    return chosen
 
 
 def source_hash() -> str:
@@ -94,7 +97,7 @@ def run(command: Sequence[str]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{command[0]}: {error}") from None
     if done.returncode:
-        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-500:] or f'code {done.returncode}'}")
     return done.stdout
 
 

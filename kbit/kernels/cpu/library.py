@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import shlex
+import struct
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,9 @@ HOW_TO_GET_A_COMPILER = {
     "darwin": "install the command line tools: xcode-select --install",
 }
 
+# The cache folder cannot hold a file.
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.ENOENT)
+
 
 @dataclasses.dataclass(frozen=True)
 class Library:
@@ -63,8 +67,10 @@ def _find() -> Library | str:
         return _load()
     except (OSError, build.BuildError, subprocess.SubprocessError) as error:
         remedy = HOW_TO_GET_A_COMPILER.get(sys.platform, "")
-        reason = f"{error}" if "no C++ compiler" not in str(error) else f"no C++ compiler found: {remedy}"
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+        reason = f"{error}: {remedy}" if "no C++ compiler" in str(error) else f"{error}"
+        if "undefined symbol" in reason:
+            reason += " (CXX has to name a C++ compiler: g++, not gcc)"
+        if isinstance(error, OSError) and error.errno in _NO_PLACE:
             where = f"{cache_folder()} cannot be written ({error.strerror})"
             reason = f"{where}: set KBIT_CACHE to a folder where compiled kernels may be kept"
         logger.warning("kbit: CPU kernels run in plain torch, slower: %s", reason)
@@ -111,9 +117,9 @@ def _compiled(wanted: Sequence[str]) -> Path:
     parts = [build.source_hash(), *cxx, version, *_extra_flags(), wanted[-1], sys.platform, _cpu_features()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     out = cache_folder() / f"native-{key}.so"
-    if not out.exists():
+    if not (out.exists() and _is_whole(out)):
         out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        logger.info("kbit: compiling the CPU kernels, once, into %s", out)
+        logger.warning("kbit: compiling the CPU kernels, once, into %s: up to a minute", out)
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             probe = Path(scratch) / "probe.so"
             build.compile_platform(cxx, probe)
@@ -128,6 +134,18 @@ def _compiled(wanted: Sequence[str]) -> Path:
                     raise
                 logger.warning("kbit: %s does not know the level %s of this CPU: %s", cxx[0], name, error)
     return out
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file is as long as its header says: loading one that was cut off ends the process."""
+    if sys.platform == "darwin":
+        return True
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or not head.startswith(b"\x7fELF"):
+        return False
+    (sections,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return path.stat().st_size >= int(sections) + int(size) * int(count)
 
 
 def _cpu_features() -> str:
