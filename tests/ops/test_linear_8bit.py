@@ -120,7 +120,10 @@ def test_no_features(m, k):
     assert (ops.linear_8bit(torch.empty(m, k), *parts, torch.ones(4), 6.0) == 1).all()
 
 
-@pytest.mark.parametrize("m, n, k", [(17, 5, 33), (1, 1, 1), (9, 8, 1), (100, 64, 1), (20, 64, 4096), (3, 7, 140_000), (0, 4, 8), (33, 16, 64)])
+@pytest.mark.parametrize(
+    "m, n, k",
+    [(17, 5, 33), (1, 1, 1), (9, 8, 1), (100, 64, 1), (20, 64, 4096), (3, 7, 140_000), (0, 4, 8), (33, 16, 64)],
+)
 def test_int8_product_is_exact(m, n, k):
     a = torch.randint(-128, 128, (m, k), dtype=torch.int8)
     b = torch.randint(-128, 128, (n, k), dtype=torch.int8)
