@@ -138,10 +138,11 @@ def _take(
     _check_tensor(stored, p, spec.name, where)
     bits8, paged = states.wants_8bit(p.numel(), config), states.wants_paging(p, config)
     if stored.dtype != torch.uint8:
-        if values.get(states.absmax_key(spec.name)) is not None:
+        # torch.distributed.checkpoint leaves scales of the fresh optimizer beside fp32 values, which is harmless.
+        if values.get(states.absmax_key(spec.name)) is not None and states.are_whole(stored):
             raise ValueError(
-                f"state {spec.name!r} of {where} is {stored.dtype} beside block scales: its 8-bit codes were cast to "
-                "numbers, as a cast of every tensor in the checkpoint does; cast what is not uint8 only"
+                f"state {spec.name!r} of {where} holds 8-bit codes as {stored.dtype} numbers beside block scales, as a "
+                "cast of every tensor of a checkpoint makes them; cast what is not uint8 only"
             )
         if not spec.signed and bool((sharding.local(stored) < 0).any()):
             raise ValueError(

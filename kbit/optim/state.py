@@ -165,6 +165,12 @@ def lift(codes: Tensor, positive: Tensor) -> Tensor:
     return codes.maximum(positive.to(codes.dtype))
 
 
+def are_whole(values: Tensor) -> bool:
+    """Whether fp32 values are whole numbers from 0 to 255, and not all 0."""
+    part = sharding.local(values)
+    return bool(((part == part.round()) & (part >= 0) & (part <= 255)).all()) and bool(part.any())
+
+
 def convert(state: dict[str, Any], spec: StateSpec, like: Tensor, bits8: bool, paged: bool) -> None:
     """Change a state's container where it differs from what is wanted; its values stay, up to 8-bit rounding."""
     stored = state[spec.name]
