@@ -108,7 +108,7 @@ def _load_one(values: Mapping[str, Any], p: Tensor, config: dict[str, Any], rule
         _take(fresh, values, spec, p, config, where)
     if (kept := values.get("compensation")) is not None:
         _check_tensor(kept, p, "compensation", where)
-        fresh["compensation"] = kept.detach().to(device=p.device, dtype=p.dtype, copy=True)
+        fresh["compensation"] = sharding.distribute(kept.detach(), p).to(device=p.device, dtype=p.dtype, copy=True)
     return fresh
 
 

@@ -74,20 +74,15 @@ class Muon(KbitOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        wrong = next((p for p in group["params"] if p.ndim != 2), None)
-        if group["use_muon"] and wrong is not None:
-            self.param_groups.pop()
+    def _check(self, config: Mapping[str, Any]) -> None:
+        super()._check(config)
+        check_muon(config)
+        wrong = next((p for p in config.get("params", ()) if p.ndim != 2), None)
+        if config["use_muon"] and wrong is not None:
             raise ValueError(
                 f"Muon is for matrices, not for a parameter of shape {tuple(wrong.shape)}: put it into a group with "
                 '"use_muon": False, which gets AdamW'
             )
-
-    def _check(self, config: Mapping[str, Any]) -> None:
-        super()._check(config)
-        check_muon(config)
 
     def _rule(self, config: dict[str, Any]) -> Rule:
         return _RULE if config["use_muon"] else rule_for("adamw", config)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class KbitOptimizer(torch.optim.Optimizer):
         structure |= forced(type(self).__name__, structure, self.forced_bits, self.forced_paging)
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[Any, Any] = {}
-        self._batches: dict[int, tuple[Any, list[Tensor], list[tuple[Batch, Look]]]] = {}
+        self._batches: dict[int, Kept] = {}
         self._seen: list[Any] = []  # the states that batches were made of
         self._locals: dict[Tensor, tuple[tuple[weakref.ref[Tensor], ...], dict[str, Any]]] = {}
         #: "auto", or "torch", "native" (compiled C++), "triton", "cuda" (compiled CUDA C++) to insist on one.
@@ -182,15 +182,17 @@ class KbitOptimizer(torch.optim.Optimizer):
 
     def _cached_batches(self, number: int, group: dict[str, Any]) -> list[Batch] | None:
         """The batches of the last step with the new gradients, or None where anything but addresses has changed."""
-        cached = self._batches.get(number)
-        if cached is None or cached[0] != _signature(self, group):
+        kept = self._batches.get(number)
+        if kept is None or kept.group is not group or kept.signature != _signature(self, group):
             return None
-        for p in cached[1]:
+        if not all(map(operator.is_, kept.params, group["params"])):
+            return None
+        for p in kept.idle:
             if p.grad is not None:
                 return None
-        if not all(look.again(batch) for batch, look in cached[2]):
+        if not all(map(Look.again, kept.looks, kept.batches)):
             return None
-        return [batch for batch, _ in cached[2]]
+        return kept.batches
 
     def _new_batches(self, group: dict[str, Any], seed: int) -> list[Batch]:
         """The batches of a group. seed: of its first parameter, for stochastic rounding."""
@@ -211,8 +213,10 @@ class KbitOptimizer(torch.optim.Optimizer):
         items = [item for batch in batches for item in batch.items]
         plain = all(item.target is None and not sharding.is_sharded(item.owner) for item in items)
         if plain and not any(p in self._overrides for p in group["params"]):
-            idle = [p for p in group["params"] if p.grad is None]
-            self._batches[number] = (_signature(self, group), idle, [(batch, Look(batch)) for batch in batches])
+            params = list(group["params"])
+            idle = [p for p in params if p.grad is None]
+            looks = [Look(batch) for batch in batches]
+            self._batches[number] = Kept(group, _signature(self, group), params, idle, batches, looks)
 
     def _add(self, batches: dict[Any, Batch], p: Tensor, config: dict[str, Any], seed: int, time: int) -> None:
         """Put a parameter into the batch of its kind."""
@@ -310,7 +314,8 @@ class KbitOptimizer(torch.optim.Optimizer):
             saved["state"] = dict(saved["state"])
             for key, (p, group) in zip(keys, places, strict=True):
                 if key in saved["state"] and sharding.is_sharded(p):
-                    saved["state"][key] = reshardable(saved["state"][key], p, self._rule(group))
+                    rule = self._rule({**group, **self._overrides.get(p, {})})
+                    saved["state"][key] = reshardable(saved["state"][key], p, rule)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -350,6 +355,17 @@ class KbitOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_overrides", {})
         self.__dict__.update(_plans={}, _batches={}, _locals={}, _seen=[])
         self.__dict__.setdefault("backend", "auto")
+
+
+class Kept(NamedTuple):
+    """The batches of a group's last step, and what they were made for."""
+
+    group: dict[str, Any]
+    signature: tuple[Any, ...]
+    params: list[Tensor]
+    idle: list[Tensor]  # parameters that had no gradient
+    batches: list[Batch]
+    looks: list[Look]
 
 
 def _signature(optimizer: KbitOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:

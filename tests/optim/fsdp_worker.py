@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -27,7 +27,7 @@ def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int, se
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         for p in net.parameters():
-            g = torch.randn(p.shape, generator=generator)
+            g = torch.randn(p.shape, generator=generator).to(p.dtype)
             p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
         optimizer.step()
 
@@ -43,6 +43,19 @@ def collect(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     for name, values in state.items():
         out |= {f"{name}.{key}": full(v).clone() for key, v in values.items()}
     return out
+
+
+def whole_compensation_is_cut_like_its_parameter(mesh: DeviceMesh) -> None:
+    net = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    fully_shard(net, mesh=mesh)
+    optimizer = optim.AdamW32bit(net.parameters(), kahan=True)
+    steps(net, optimizer, 2, seed=3)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {key: full(value) for key, value in saved["state"][0].items()}}
+    loaded = optim.AdamW32bit(net.parameters(), kahan=True)
+    loaded.load_state_dict(saved)
+    mine, theirs = (o.state[net.weight]["compensation"] for o in (loaded, optimizer))
+    assert isinstance(mine, DTensor) and torch.equal(mine.to_local(), theirs.to_local())
 
 
 def main() -> None:
@@ -67,6 +80,7 @@ def main() -> None:
         out |= {"after." + k: v for k, v in collect(net, optimizer).items()}
         if rank == 0:
             torch.save(out, folder / "trained.pt")
+        whole_compensation_is_cut_like_its_parameter(mesh)
     else:
         trained = torch.load(folder / "trained.pt", weights_only=True)
         for name, p in net.named_parameters():

@@ -440,3 +440,25 @@ def test_states_may_leave_and_come_back_between_steps(backend):
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q)
         assert all(torch.equal(opts[0].state[p][key], value) for key, value in opts[1].state[q].items())
+
+
+@pytest.mark.parametrize("change", ["a group is removed", "another parameter", "another group"])
+def test_groups_that_are_exchanged_between_steps_count(change):
+    a, b, c = (torch.nn.Parameter(torch.zeros(5000)) for _ in range(3))
+    opt = optim.AdamW8bit([{"params": [a]}, {"params": [b]}], lr=0.1)
+    for _ in range(3):
+        for p in (a, b, c):
+            p.grad = torch.ones_like(p)
+        opt.step()
+    before = [p.detach().clone() for p in (a, b, c)]
+    if change == "a group is removed":
+        opt.param_groups.pop(0)
+        moves = (False, True, False)
+    elif change == "another parameter":
+        opt.param_groups[0]["params"] = [c]
+        moves = (False, True, True)
+    else:
+        opt.param_groups[0] = {**opt.param_groups[0], "lr": 0.0}
+        moves = (False, True, False)
+    opt.step()
+    assert tuple(not torch.equal(p, old) for p, old in zip((a, b, c), before, strict=True)) == moves

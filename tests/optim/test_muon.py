@@ -89,3 +89,10 @@ def test_options_that_a_whole_matrix_cannot_have_are_refused(option):
     for wrong in (lambda: optim.Muon8bit([matrix], **{option: True}), lambda: opt.override(matrix, **{option: True})):
         with pytest.raises(ValueError, match=f"{option}=True is not for Muon.*use_muon"):
             wrong()
+
+
+def test_a_vector_cannot_be_given_to_muon_by_an_override():
+    matrix, vector = torch.nn.Parameter(torch.randn(8, 8)), torch.nn.Parameter(torch.randn(8))
+    opt = optim.Muon([{"params": [matrix]}, {"params": [vector], "use_muon": False}])
+    with pytest.raises(ValueError, match="Muon is for matrices"):
+        opt.override(vector, use_muon=True)
