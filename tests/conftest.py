@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -31,9 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Commands set variables for the libraries they load; the next test, and its subprocesses, must not see them."""
-    before = dict(os.environ)
+    """Commands set variables for the libraries they load, and silence our log; the next test, and its subprocesses,
+    must not see that."""
+    before, level = dict(os.environ), logging.getLogger("kbit").level
     yield
+    logging.getLogger("kbit").setLevel(level)
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)

@@ -103,8 +103,9 @@ def test_bias_of_another_dtype_is_cast():
 
 def test_integers_are_refused():
     parts, _ = weight_4bit(8, 64)
-    with pytest.raises(TypeError, match="floating point input, got torch.int64"):
-        call(torch.ones(4, 64, dtype=torch.long), parts)
+    for dtype in (torch.long, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=f"floating point input of 16 bits or more, got {dtype}"):
+            call(torch.ones(4, 64).to(dtype), parts)
 
 
 def test_features_that_do_not_fit_are_refused():
