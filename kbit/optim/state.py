@@ -152,7 +152,17 @@ def are_numbers_of_codes(values: Tensor) -> bool:
     Many different whole numbers from 0 to 255 and nothing else: no average of gradients looks like that.
     """
     some = sharding.local(values).reshape(-1)[: 16 * BLOCK_SIZE]
-    return bool(((some == some.round()) & (some >= 0) & (some <= 255)).all()) and some.unique().numel() > 16
+    return _hold_bytes(some) and some.unique().numel() > 16
+
+
+def are_whole(values: Tensor) -> bool:
+    """Whether fp32 values are whole numbers from 0 to 255, and not all 0."""
+    part = sharding.local(values)
+    return _hold_bytes(part) and bool(part.any())
+
+
+def _hold_bytes(values: Tensor) -> bool:
+    return bool(((values == values.round()) & (values >= 0) & (values <= 255)).all())
 
 
 def flush(values: Tensor) -> Tensor:
@@ -163,12 +173,6 @@ def flush(values: Tensor) -> Tensor:
 def lift(codes: Tensor, positive: Tensor) -> Tensor:
     """Codes of the unsigned map with its smallest positive one, 1, instead of 0 where `positive` (bool) says so."""
     return codes.maximum(positive.to(codes.dtype))
-
-
-def are_whole(values: Tensor) -> bool:
-    """Whether fp32 values are whole numbers from 0 to 255, and not all 0."""
-    part = sharding.local(values)
-    return bool(((part == part.round()) & (part >= 0) & (part <= 255)).all()) and bool(part.any())
 
 
 def convert(state: dict[str, Any], spec: StateSpec, like: Tensor, bits8: bool, paged: bool) -> None:

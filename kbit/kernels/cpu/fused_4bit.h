@@ -8,8 +8,6 @@ namespace {
 
 // R rows of W times MT rows of packed x, W decoded in registers.
 template <class L, bool SMALL, int R, int MT> struct Fused {
-    typename L::Acc acc[R][MT];
-
     template <int J> static inline void vector(typename L::Acc (&acc)[R][MT], const typename L::Codes (&codes)[R],
                                                const typename L::Table (&tables)[R], const typename L::Elem* x,
                                                int64_t ldx) {
